@@ -1,0 +1,52 @@
+"""hypertorch learns a model's hyperparameters while the model trains.
+
+`HyperOptimizer` wraps a torch optimizer: windows of training steps are differentiated, and the
+learning rate, the weight decay and any other hyperparameter follow the hypergradient of an outer
+loss, usually the validation loss.
+"""
+
+from . import constraints
+from .constraints import interval, positive, real, simplex, unit_interval
+from .dynamics import register_dynamics
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    CheckpointError,
+    DivergenceError,
+    HypertorchError,
+    HypertorchWarning,
+    UnsupportedError,
+    WindowError,
+)
+from .hypergradients import Engine, Unroll
+from .hyperparameters import Hyperparameter
+from .optimizer import HyperOptimizer
+from .outer import GatedSign
+from .safeguards import Safeguards
+from .validation import ValidationLoss
+
+__all__ = [
+    "ArgumentError",
+    "ArgumentTypeError",
+    "CheckpointError",
+    "DivergenceError",
+    "Engine",
+    "GatedSign",
+    "HyperOptimizer",
+    "Hyperparameter",
+    "HypertorchError",
+    "HypertorchWarning",
+    "Safeguards",
+    "Unroll",
+    "UnsupportedError",
+    "ValidationLoss",
+    "WindowError",
+    "constraints",
+    "interval",
+    "positive",
+    "real",
+    "register_dynamics",
+    "simplex",
+    "unit_interval",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,187 @@
+"""What a HyperOptimizer accepts, checked before anything is touched."""
+
+import warnings
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .dynamics import Dynamics, check_learnable
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HypertorchWarning,
+    UnsupportedError,
+    did_you_mean,
+)
+from .hypergradients import Engine
+from .hyperparameters import Hyperparameter, Setting
+from .param_groups import starting_values
+
+#: Where the outer rule keeps a setting, in its own units: guard rails, far outside what is useful.
+BOUNDS = {"lr": (1e-8, 10.0), "weight_decay": (1e-7, 10.0)}
+
+
+def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine: Any) -> None:
+    """Raise unless each piece is the kind of object it should be."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ArgumentTypeError(
+            f"`optimizer` must be a torch.optim.Optimizer. Got {type(optimizer).__name__}. "
+            "Build one first: torch.optim.SGD(model.parameters(), lr=0.1)."
+        )
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")
+    if outer is not None and not callable(outer):
+        raise ArgumentTypeError(
+            f"`outer` must build an optimizer from raw tensors. Got {type(outer).__name__}. "
+            "Pass functools.partial(torch.optim.Adam, lr=0.05), or None to switch learning off."
+        )
+    if outer is not None and not callable(outer_loss):
+        raise ArgumentTypeError(
+            "`outer_loss` must be a callable that returns a scalar tensor. "
+            f"Got {type(outer_loss).__name__}. Pass ValidationLoss(model, criterion, val_loader)."
+        )
+    if engine is not None and not isinstance(engine, Engine):
+        raise ArgumentTypeError(
+            f"`engine` must be an engine such as Unroll(). Got {type(engine).__name__}."
+        )
+    _check_gradients_are_dense(model)
+
+
+def _check_gradients_are_dense(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if getattr(module, "sparse", False) is True:
+            raise UnsupportedError(
+                f"`{name}` ({type(module).__name__}) has sparse gradients, which cannot be "
+                "differentiated twice. Build it with `sparse=False`."
+            )
+
+
+def check_rhythm(window: Any, update_every: Any, steps_per_epoch: Any) -> tuple[int, int]:
+    """Return the window's length and the steps between outer updates, as whole numbers."""
+    if update_every == "epoch":
+        if steps_per_epoch is None:
+            raise ArgumentError(
+                '`update_every="epoch"` needs `steps_per_epoch`. Pass len(train_loader).'
+            )
+        update_every = _whole("steps_per_epoch", steps_per_epoch)
+    elif isinstance(update_every, str):
+        raise ArgumentError(
+            f'`update_every` must be a number of steps or "epoch". Got {update_every!r}.'
+            f"{did_you_mean(update_every, ['epoch'])}"
+        )
+    window, update_every = _whole("window", window), _whole("update_every", update_every)
+    if window > update_every:
+        raise ArgumentError(
+            f"A window of {window} steps does not fit into {update_every} steps between updates. "
+            "Shorten `window` or lengthen `update_every`."
+        )
+    return window, update_every
+
+
+def _whole(name: str, number: Any) -> int:
+    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
+        raise ArgumentError(
+            f"`{name}` must be a whole number of steps, at least 1. Got {number!r}."
+        )
+    return number
+
+
+def learned(
+    learn: Any, optimizer: torch.optim.Optimizer, dynamics: Dynamics, is_learning: bool
+) -> dict[str, Hyperparameter]:
+    """Return the hyperparameters that `learn` asks for, by name."""
+    entries = _entries(learn)
+    if is_learning and not entries:
+        raise ArgumentError('`learn` is empty. Name a setting, such as "lr", or pass `outer=None`.')
+    found: dict[str, Hyperparameter] = {}
+    for name, what in entries:
+        if name in found:
+            raise ArgumentError(
+                f"`{name}` is learned twice. Give each Hyperparameter a `name` of its own."
+            )
+        with warnings.catch_warnings():
+            if not is_learning:
+                warnings.simplefilter("ignore", HypertorchWarning)
+            found[name] = (
+                what
+                if isinstance(what, Hyperparameter)
+                else _setting(name, what, optimizer, dynamics)
+            )
+    return found
+
+
+def _entries(learn: Any) -> list[tuple[str, Any]]:
+    if isinstance(learn, (str, Hyperparameter)):
+        learn = (learn,)
+    if isinstance(learn, Mapping):
+        for name, what in learn.items():
+            if isinstance(what, Hyperparameter):
+                what.name = name
+        return list(learn.items())
+    if not isinstance(learn, Iterable):
+        raise ArgumentTypeError(f"`learn` must hold names. Got {type(learn).__name__}.")
+    return [_entry(item) for item in learn]
+
+
+def _entry(item: Any) -> tuple[str, Any]:
+    if isinstance(item, Hyperparameter):
+        return item.name, item
+    if isinstance(item, str):
+        return item, "group"
+    raise ArgumentTypeError(
+        f"`learn` holds names of settings and Hyperparameter objects. Got {item!r}."
+    )
+
+
+def _setting(
+    name: str, granularity: Any, optimizer: torch.optim.Optimizer, dynamics: Dynamics
+) -> Setting:
+    owner = type(optimizer).__name__
+    check_learnable(owner, dynamics, name)
+    if name == "dampening" and any(group.get("nesterov") for group in optimizer.param_groups):
+        raise UnsupportedError(
+            f"{owner} with `nesterov=True` has no dampening to learn: torch requires it to be 0."
+        )
+    return Setting(
+        name,
+        starting_values(owner, optimizer.param_groups, name),
+        [[p.shape for p in group["params"]] for group in optimizer.param_groups],
+        dynamics.constraints[name],
+        granularity,
+        BOUNDS.get(name),
+    )
+
+
+def place(hyperparameters: Iterable[Hyperparameter], weight: Tensor) -> None:
+    """Move hyperparameters to the device and precision of a weight, at least float32."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    for hyperparameter in hyperparameters:
+        hyperparameter.to(weight.device, dtype)
+
+
+def check_loss(loss: Any, what: str) -> None:
+    """Raise unless `loss` is a scalar tensor with a graph."""
+    if not isinstance(loss, Tensor):
+        raise ArgumentTypeError(
+            f"{what} must be a tensor. Got {type(loss).__name__}. "
+            "Pass the tensor that the criterion returned, not its `.item()`."
+        )
+    if loss.numel() != 1:
+        raise ArgumentError(
+            f"{what} must be a scalar. Got shape {tuple(loss.shape)}. Reduce it: `loss.mean()`."
+        )
+    if not loss.requires_grad:
+        raise ArgumentError(
+            f"{what} has no graph. Compute it from the model, outside `torch.no_grad()` and "
+            "without `.detach()`."
+        )
+
+
+def group_params(param_group: Any) -> list[Tensor]:
+    """Return the tensors of a new param group."""
+    if not isinstance(param_group, dict) or "params" not in param_group:
+        raise ArgumentTypeError("A param group must be a dict with the key `params`.")
+    params = param_group["params"]
+    return [params] if isinstance(params, Tensor) else list(params)

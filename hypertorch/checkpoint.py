@@ -1,0 +1,63 @@
+"""What a state dict must be to fit an optimizer, checked before anything is touched."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, listed
+from .hyperparameters import Hyperparameter
+
+
+def check_checkpoint(
+    state_dict: Any,
+    optimizer: torch.optim.Optimizer,
+    hyperparameters: Mapping[str, Hyperparameter],
+) -> None:
+    """Raise `CheckpointError` unless groups, buffers and hyperparameters have the same shapes."""
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        raise CheckpointError(
+            "This is not an optimizer's state dict: it has no `state` and `param_groups`. "
+            "Pass what `state_dict()` of a HyperOptimizer or a torch optimizer returned."
+        )
+    saved = state_dict["param_groups"]
+    sizes, live_sizes = (
+        [len(group["params"]) for group in groups] for groups in (saved, optimizer.param_groups)
+    )
+    if sizes != live_sizes:
+        raise CheckpointError(
+            f"The checkpoint has param groups of {sizes} parameters, and this optimizer of "
+            f"{live_sizes}. Build the model and optimizer that wrote it."
+        )
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    keys = [key for group in saved for key in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        _check_buffers(key, state_dict["state"].get(key, {}), param)
+    if state_dict.get("hypertorch") is not None:
+        _check_hyperparameters(state_dict["hypertorch"]["raw"], hyperparameters)
+
+
+def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
+    for name, value in buffers.items():
+        if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
+            raise CheckpointError(
+                f"`{name}` of parameter {key} has shape {tuple(value.shape)} in the checkpoint, and "
+                f"the parameter {tuple(param.shape)}. Build the model that wrote it."
+            )
+
+
+def _check_hyperparameters(
+    raw: Mapping[str, Tensor], hyperparameters: Mapping[str, Hyperparameter]
+) -> None:
+    if set(raw) != set(hyperparameters):
+        raise CheckpointError(
+            f"The checkpoint learned {listed(raw)}, and this optimizer learns "
+            f"{listed(hyperparameters)}. Pass the same `learn`."
+        )
+    for name, hyperparameter in hyperparameters.items():
+        if raw[name].shape != hyperparameter.raw.shape:
+            raise CheckpointError(
+                f"`{name}` has raw shape {tuple(raw[name].shape)} in the checkpoint, and "
+                f"{tuple(hyperparameter.raw.shape)} here. Learn it at the same granularity."
+            )

@@ -1,0 +1,92 @@
+"""The set Λ a hyperparameter lives in, and the bijection λ = c(ρ) from unconstrained ρ onto it.
+
+`torch.distributions` supplies the sets and the bijections; here is only what it leaves open: what
+happens to a value on the boundary of Λ, where no ρ exists.
+"""
+
+import math
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.distributions import biject_to, constraints
+from torch.distributions.constraints import interval, positive, real, simplex, unit_interval
+
+from .errors import ArgumentError
+
+__all__ = [
+    "BOUNDARY_MARGIN",
+    "Constraint",
+    "interval",
+    "just_inside",
+    "positive",
+    "real",
+    "simplex",
+    "to_raw",
+    "to_value",
+    "unit_interval",
+]
+
+Constraint = constraints.Constraint
+
+#: How far inside Λ a value on its boundary starts: absolute for a half line, a fraction of the
+#: width for an interval, a fraction of the uniform distribution mixed in for a simplex.
+BOUNDARY_MARGIN = {"half line": 1e-6, "interval": 1e-3, "simplex": 1e-3}
+
+
+def to_value(raw: Tensor, constraint: Constraint) -> Tensor:
+    """Return λ = c(ρ)."""
+    return cast(Tensor, biject_to(constraint)(raw))
+
+
+def to_raw(value: Tensor, constraint: Constraint) -> Tensor:
+    """Return ρ = c⁻¹(λ) for a λ strictly inside Λ."""
+    return cast(Tensor, biject_to(constraint).inv(value))
+
+
+def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:
+    """Return `value`, moved just inside `constraint` where it lies on the boundary.
+
+    Args:
+        value: λ, in its own units.
+        constraint: Λ.
+        name: what to call the hyperparameter in an error.
+
+    Raises:
+        ArgumentError: `value` is not finite or lies outside Λ.
+    """
+    if not bool(torch.isfinite(value).all()):
+        raise ArgumentError(f"`{name}` must be finite. Got {value.tolist()}.")
+    if constraint is simplex:
+        return _inside_simplex(value, name)
+    lower = float(getattr(constraint, "lower_bound", -math.inf))
+    upper = float(getattr(constraint, "upper_bound", math.inf))
+    if bool(((value < lower) | (value > upper)).any()):
+        raise ArgumentError(
+            f"`{name}` lies outside its set. Got {value.tolist()}, "
+            f"expected values between {lower:g} and {upper:g}."
+        )
+    return _clamped(value, lower, upper)
+
+
+def _clamped(value: Tensor, lower: float, upper: float) -> Tensor:
+    width = upper - lower
+    margin = (
+        BOUNDARY_MARGIN["interval"] * width
+        if math.isfinite(width)
+        else BOUNDARY_MARGIN["half line"]
+    )
+    value = torch.where(value == lower, torch.full_like(value, lower + margin), value)
+    return torch.where(value == upper, torch.full_like(value, upper - margin), value)
+
+
+def _inside_simplex(value: Tensor, name: str) -> Tensor:
+    if bool((value < 0).any()) or not bool(((value.sum(-1) - 1).abs() < 1e-4).all()):
+        raise ArgumentError(
+            f"`{name}` lies outside the simplex. Got {value.tolist()}, "
+            "expected non-negative values that sum to 1."
+        )
+    if not bool((value == 0).any()):
+        return value
+    margin = BOUNDARY_MARGIN["simplex"]
+    return (1 - margin) * value + margin / value.shape[-1]

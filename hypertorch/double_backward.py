@@ -1,0 +1,62 @@
+"""What torch must be told while a window lasts, so that a loss can be differentiated twice.
+
+Fused attention, cuDNN's recurrent networks and compiled modules have no double backward. Their
+plain counterparts do; each is switched only while some window lasts, and switched back after.
+"""
+
+from contextlib import AbstractContextManager, ExitStack
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+
+class TwiceDifferentiable:
+    """Switches that one model needs; entered by several optimizers at once, they count.
+
+    Args:
+        model: decides which switches are needed besides attention's.
+    """
+
+    #: Windows that hold the switches, and the way back once none does, for the whole process.
+    _holders: list["TwiceDifferentiable"] = []
+    _way_back = ExitStack()
+
+    def __init__(self, model: nn.Module) -> None:
+        self._switches = [_math_attention]
+        if any(_is_compiled(module) for module in model.modules()):
+            self._switches.append(_eager)
+        on_gpu = any(p.is_cuda for p in model.parameters())
+        if on_gpu and any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            self._switches.append(_without_cudnn)
+
+    def hold(self) -> None:
+        """Throw the switches, unless this object holds them already."""
+        if self in self._holders:
+            return
+        for switch in self._switches:
+            TwiceDifferentiable._way_back.enter_context(switch())
+        self._holders.append(self)
+
+    def release(self) -> None:
+        """Let go; the last one to do so switches everything back."""
+        if self in self._holders:
+            self._holders.remove(self)
+            if not self._holders:
+                TwiceDifferentiable._way_back.pop_all().close()
+
+
+def _math_attention() -> AbstractContextManager[None]:
+    return sdpa_kernel(SDPBackend.MATH)
+
+
+def _eager() -> AbstractContextManager[None]:
+    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+
+
+def _without_cudnn() -> AbstractContextManager[None]:
+    return torch.backends.cudnn.flags(enabled=False)  # type: ignore[no-any-return]
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

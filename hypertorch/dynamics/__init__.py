@@ -1,0 +1,28 @@
+"""Φ: one training step of each optimizer as a pure function, s_t = Φ_t(s_{t-1}, λ)."""
+
+from . import adagrad, adam, rmsprop, sgd
+from .registry import (
+    Dynamics,
+    check_learnable,
+    check_options,
+    dynamics_of,
+    read_setting,
+    register_dynamics,
+    unrolled,
+    write_setting,
+)
+
+__all__ = [
+    "Dynamics",
+    "adagrad",
+    "adam",
+    "check_learnable",
+    "check_options",
+    "dynamics_of",
+    "read_setting",
+    "register_dynamics",
+    "rmsprop",
+    "sgd",
+    "unrolled",
+    "write_setting",
+]

@@ -1,0 +1,47 @@
+"""The few operations Φ is written in, each differentiable in every argument that is a tensor.
+
+A setting is a Python float where it is fixed and a tensor where it is learned.
+"""
+
+import torch
+from torch import Tensor
+
+Number = float | Tensor
+Buffers = dict[str, Tensor]
+
+
+def is_active(setting: Number) -> bool:
+    """Whether a term with this factor belongs to Φ: a learned factor always does, even at 0."""
+    return isinstance(setting, Tensor) or setting != 0
+
+
+def axpy(a: Number, x: Tensor, y: Tensor) -> Tensor:
+    """Return y + a x, in one operation."""
+    if isinstance(a, Tensor):
+        return torch.addcmul(y, x, a)
+    return torch.add(y, x, alpha=a)
+
+
+def ema(average: Tensor, decay: Number, x: Tensor) -> Tensor:
+    """Return decay · average + (1 − decay) · x, the form `lerp` rounds like."""
+    return axpy(1 - decay, x - average, average)
+
+
+def ema_of_square(average: Tensor, decay: Number, x: Tensor) -> Tensor:
+    """Return decay · average + (1 − decay) · x²."""
+    return axpy(1 - decay, x * x, decay * average)
+
+
+def square_root(x: Tensor) -> Tensor:
+    """Return √x with derivative 0 at x = 0, where weights that never saw a gradient sit."""
+    is_positive = x > 0
+    root = torch.where(is_positive, x, torch.ones_like(x)).sqrt()
+    return torch.where(is_positive, root, torch.zeros_like(x))
+
+
+def next_step(buffers: Buffers) -> Tensor:
+    """Return the step counter t, counted from 1, as torch keeps it: a scalar on the host."""
+    if "step" in buffers:
+        return buffers["step"] + 1
+    wide = torch.get_default_dtype() == torch.float64
+    return torch.ones((), dtype=torch.float64 if wide else torch.float32)

@@ -1,0 +1,50 @@
+"""What can go wrong, one class each; every error is also the builtin error a caller would expect.
+
+A message says what is wrong, what was got, and what to do about it.
+"""
+
+import difflib
+from collections.abc import Iterable
+
+
+class HypertorchError(Exception):
+    """The base of every error this package raises."""
+
+
+class ArgumentError(HypertorchError, ValueError):
+    """An argument has a value that cannot work."""
+
+
+class ArgumentTypeError(HypertorchError, TypeError):
+    """An argument is not the kind of object that is needed."""
+
+
+class UnsupportedError(HypertorchError, NotImplementedError):
+    """A request that cannot be differentiated correctly, refused by name."""
+
+
+class WindowError(HypertorchError, RuntimeError):
+    """A step that an open window cannot take."""
+
+
+class CheckpointError(HypertorchError, ValueError):
+    """A state dict that does not fit this optimizer."""
+
+
+class DivergenceError(HypertorchError, ArithmeticError):
+    """Training diverged again and again, although it was rolled back each time."""
+
+
+class HypertorchWarning(UserWarning):
+    """Something a user should know once, and that does not stop the run."""
+
+
+def listed(names: Iterable[str]) -> str:
+    """Join names in alphabetical order: ``"dampening, lr, momentum"``."""
+    return ", ".join(sorted(names))
+
+
+def did_you_mean(name: str, available: Iterable[str]) -> str:
+    """Return `` Did you mean `x`?`` for the closest available name, or nothing."""
+    close = difflib.get_close_matches(name, list(available), n=1)
+    return f" Did you mean `{close[0]}`?" if close else ""

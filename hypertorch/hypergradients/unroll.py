@@ -1,0 +1,105 @@
+"""Reverse mode through the stored graph: α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E, α_K = ∂_s E.
+
+`higher` runs the unroll of our Φ; one backward pass of autograd from E is the recursion.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ..dynamics import unrolled
+from ..errors import WindowError
+from ..hyperparameters import Hyperparameter
+from ..state import Slots, set_buffers
+from .engine import Engine, GradientCheck, Overrides, Window
+
+
+class Unroll(Engine):
+    """Exact hypergradient of a window of K steps, by reverse mode on the stored graph.
+
+    Exact for everything that Φ and the losses are differentiable in, with the weights at the
+    window's start taken as constants; it does not see how earlier steps depended on λ (the bias of
+    every truncated window). The window's steps are the training steps themselves: the model holds
+    the fast weights meanwhile, and nothing is trained twice.
+
+    Cost: K training steps, one outer gradient, and one Hessian-vector product (about two gradients)
+    per step, save for the first step when only settings of the optimizer are learned: its gradient
+    does not depend on λ. Memory: K training graphs.
+
+    References:
+        Franceschi et al. 2017, eq. (7)-(9); Domke 2012; Maclaurin et al. 2015. The unroll is run by
+        Grefenstette et al. 2019 (`higher`), with our Φ in place of theirs.
+    """
+
+    needs_loss = True
+
+    def open(self, optimizer: torch.optim.Optimizer, slots: Slots) -> "UnrolledWindow":
+        """Start a graph at the present weights and buffers."""
+        return UnrolledWindow(optimizer, slots)
+
+    def cost(self, horizon: int, through_loss: bool) -> float:
+        """Return K + 1 + 2 (K − 1), or K + 1 + 2 K with a hyperparameter in the loss."""
+        return horizon + 1 + 2 * (horizon if through_loss else horizon - 1)
+
+    def __repr__(self) -> str:
+        return "Unroll()"
+
+
+class UnrolledWindow(Window):
+    """A window whose steps are one growing graph, its fast weights in the model's own slots."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
+        self._optimizer, self._slots = optimizer, slots
+        self._unrolled = unrolled(optimizer)
+        self.params: list[Tensor] = list(slots.params)
+        self._versions = _versions(self.params)
+
+    @property
+    def was_written_to(self) -> bool:
+        """Whether a weight's version moved on: the graph no longer describes it."""
+        return self._versions != _versions(self.params)
+
+    def step(self, loss: Tensor, overrides: Overrides, check: GradientCheck) -> None:
+        """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
+
+        def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+            if all(grad is None for grad in grads):
+                raise WindowError(
+                    "The loss does not depend on the model's present weights. Compute it from "
+                    "`model` after the previous step, and call `step(loss)` once per loss."
+                )
+            check(grads)
+            return grads
+
+        self._follow_live_groups()
+        params = self._unrolled.step(
+            loss, params=self.params, override=overrides, grad_callback=checked
+        )
+        self.params = self._slots.fill(params)
+        self._versions = _versions(self.params)
+
+    def _follow_live_groups(self) -> None:
+        """Take over what a scheduler wrote to the live param groups since the last step."""
+        groups = zip(self._unrolled.param_groups, self._optimizer.param_groups, strict=True)
+        for group, live in groups:
+            group.update({k: v for k, v in live.items() if k != "params"})
+
+    def hypergradient(
+        self, outer_loss: Tensor, hyperparameters: Mapping[str, Hyperparameter]
+    ) -> dict[str, Tensor]:
+        """Return dE/dλ; one that E does not depend on is exactly zero."""
+        values = [h.value for h in hyperparameters.values()]
+        gradients = torch.autograd.grad(
+            outer_loss, values, allow_unused=True, materialize_grads=True
+        )
+        return dict(zip(hyperparameters, gradients, strict=True))
+
+    def close(self) -> None:
+        """Write the fast weights and buffers to the live parameters and optimizer."""
+        self._slots.hand_back(self.params)
+        set_buffers(self._optimizer, self._unrolled.state)
+
+
+def _versions(tensors: Iterable[Tensor]) -> list[int]:
+    return [t._version for t in tensors]

@@ -1,0 +1,241 @@
+"""λ: a raw tensor ρ, the constraint that maps it to λ = c(ρ), and how many of them there are.
+
+`Hyperparameter` is the thing a user may hold and put in a loss; `Setting` is a hyperparameter of
+the optimizer, one for all, per group, per tensor or per element.
+"""
+
+import math
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .constraints import Constraint, just_inside, real, to_raw, to_value
+from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, did_you_mean, listed
+
+GRANULARITIES = ("shared", "group", "tensor", "element")
+
+
+class Hyperparameter:
+    """A learnable λ = c(ρ), with ρ unconstrained.
+
+    Calling it returns λ: a leaf tensor, the same one until the next outer update moves ρ. A loss
+    that uses it is differentiable in λ; the hypergradient dE/dλ then arrives in λ's own units, and
+    `pull_back` turns it into dE/dρ = (∂c/∂ρ)ᵀ dE/dλ.
+
+    Args:
+        value: the starting value of λ, a number or a tensor of any shape, inside `constraint`. On
+            the boundary (where ρ would be infinite) it starts just inside, by
+            `constraints.BOUNDARY_MARGIN`, and says so once.
+        constraint: the set λ lives in: `positive` (ρ = log λ), `unit_interval` and `interval(a, b)`
+            (ρ = a logit), `simplex` (stick breaking), `real` (ρ = λ, the default), or any other
+            constraint that `torch.distributions.biject_to` knows.
+        name: what logs and errors call it.
+        bounds: `(lower, upper)` in λ's units; an outer update never leaves them. `None`: none.
+
+    Raises:
+        ArgumentError: `value` lies outside `constraint`, or `bounds` are not ordered.
+        ArgumentTypeError: `value` is not made of numbers.
+
+    Example:
+        >>> alpha = Hyperparameter(0.25, constraint=constraints.unit_interval, name="alpha")
+        >>> alpha()
+        tensor(0.2500, requires_grad=True)
+        >>> weights = Hyperparameter(torch.full((5,), 0.5), constraint=constraints.unit_interval)
+        >>> weights()[torch.tensor([0, 3])].shape
+        torch.Size([2])
+    """
+
+    def __init__(
+        self,
+        value: float | Sequence[float] | Tensor,
+        constraint: Constraint = real,
+        *,
+        name: str | None = None,
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        self.name = name or "hyperparameter"
+        self.constraint = constraint
+        self.bounds = bounds
+        if bounds is not None and not bounds[0] < bounds[1]:
+            raise ArgumentError(f"`bounds` of `{self.name}` must be ordered. Got {bounds}.")
+        self.set(_as_tensor(value, self.name))
+
+    def set(self, value: Tensor) -> None:
+        """Let λ be `value`, in its own units; ρ follows."""
+        inside = just_inside(value.detach(), self.constraint, self.name)
+        if not torch.equal(inside, value):
+            warnings.warn(
+                f"`{self.name}` starts at {_brief(inside)}, just inside its set: "
+                f"{_brief(value)} lies on the boundary, where its hypergradient vanishes.",
+                HypertorchWarning,
+                stacklevel=2,
+            )
+        self.raw = to_raw(inside, self.constraint).clone().requires_grad_()
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Let λ be c(ρ) again, after ρ moved."""
+        self.value = to_value(self.raw.detach(), self.constraint).clone().requires_grad_()
+
+    def __call__(self) -> Tensor:
+        """Return λ, a leaf tensor with `requires_grad`."""
+        return self.value
+
+    def pull_back(self, hypergradient: Tensor) -> Tensor:
+        """Return dE/dρ = (∂c/∂ρ)ᵀ dE/dλ, of ρ's shape."""
+        raw = self.raw.detach().requires_grad_()
+        value = to_value(raw, self.constraint)
+        if value is raw:
+            return hypergradient
+        (gradient,) = torch.autograd.grad(value, raw, hypergradient)
+        return gradient
+
+    def clamp_(self) -> None:
+        """Bring λ back inside `bounds`, if there are any."""
+        if self.bounds is None:
+            return
+        lower, upper = (self.raw.new_tensor(bound) for bound in self.bounds)
+        with torch.no_grad():
+            self.raw.clamp_(to_raw(lower, self.constraint), to_raw(upper, self.constraint))
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Move ρ and λ to where the weights are."""
+        if (self.raw.device, self.raw.dtype) != (device, dtype):
+            self.raw = self.raw.detach().to(device, dtype).requires_grad_()
+            self.refresh()
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}={_brief(self.value)})"
+
+
+class Setting(Hyperparameter):
+    """A float setting of the optimizer, learned: lr, weight_decay, momentum, beta1, ….
+
+    λ has shape `()`, `(groups,)`, `(tensors,)` or `(elements,)`, by its granularity; tensors and
+    elements are counted through the param groups in order.
+
+    Args:
+        name: the setting's name.
+        values: its present value in each param group.
+        shapes: for each group, the shape of each of its parameters.
+        constraint: the set it lives in.
+        granularity: one of `GRANULARITIES`.
+        bounds: as in `Hyperparameter`; widened to include the starting values.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        values: Sequence[float],
+        shapes: Sequence[Sequence[torch.Size]],
+        constraint: Constraint,
+        granularity: str = "group",
+        bounds: tuple[float, float] | None = None,
+    ) -> None:
+        check_granularity(name, granularity)
+        if granularity == "shared" and len(set(values)) > 1:
+            raise ArgumentError(
+                f"`{name}` cannot be shared: the param groups start at {list(values)}. "
+                'Use "group", or give them one value.'
+            )
+        self.granularity = granularity
+        self.shapes = [list(group) for group in shapes]
+        start = torch.tensor(self._spread(values), dtype=torch.float64)
+        super().__init__(start, constraint, name=name, bounds=_widened(bounds, values))
+
+    def _spread(self, values: Sequence[float]) -> Any:
+        if self.granularity == "shared":
+            return values[0]
+        if self.granularity == "group":
+            return list(values)
+        counts = [sum(self._sizes(group)) for group in range(len(values))]
+        return [v for value, n in zip(values, counts, strict=True) for v in [value] * n]
+
+    def _sizes(self, group: int) -> list[int]:
+        """How many entries of λ each tensor of `group` has."""
+        per_element = self.granularity == "element"
+        return [math.prod(shape) if per_element else 1 for shape in self.shapes[group]]
+
+    @property
+    def is_scalar(self) -> bool:
+        """Whether one number serves a whole group, as `torch.optim` has it."""
+        return self.granularity in ("shared", "group")
+
+    def of_group(self, group: int) -> Tensor | list[Tensor]:
+        """Return λ of one group: a scalar tensor, or a list with one tensor per parameter."""
+        if self.granularity == "shared":
+            return self.value
+        if self.granularity == "group":
+            return self.value[group]
+        start = sum(sum(self._sizes(earlier)) for earlier in range(group))
+        sizes = self._sizes(group)
+        parts = self.value[start : start + sum(sizes)].split(sizes)
+        if self.granularity == "tensor":
+            return [part.squeeze(0) for part in parts]
+        return [part.view(shape) for part, shape in zip(parts, self.shapes[group], strict=True)]
+
+    def group_means(self) -> Tensor:
+        """Return the mean of λ over each group, of shape `(groups,)`."""
+        if self.granularity == "group":
+            return self.value.detach()
+        if self.granularity == "shared":
+            return self.value.detach().expand(len(self.shapes))
+        counts = [sum(self._sizes(group)) for group in range(len(self.shapes))]
+        return torch.stack([part.mean() for part in self.value.detach().split(counts)])
+
+    def restart(self, values: Sequence[float]) -> None:
+        """Let λ be these numbers again, one per group, spread to its granularity."""
+        self.set(torch.tensor(self._spread(values), dtype=self.raw.dtype, device=self.raw.device))
+
+    def extend(self, value: float, shapes: Sequence[torch.Size]) -> None:
+        """Make room for one more param group, which starts at `value`."""
+        more = Setting(self.name, [value], [shapes], self.constraint, self.granularity, self.bounds)
+        if self.granularity == "shared":
+            if not torch.isclose(more.value.to(self.value), self.value):
+                raise ArgumentError(
+                    f"`{self.name}` is shared at {self.value.item():g}, and the new group brings "
+                    f'{value:g}. Give it that value, or learn `{self.name}` per "group".'
+                )
+        else:
+            grown = torch.cat([self.raw.detach(), more.raw.detach().to(self.raw)])
+            self.raw = grown.requires_grad_()
+            self.refresh()
+        self.shapes.append(list(shapes))
+
+
+def check_granularity(name: str, granularity: object) -> None:
+    """Raise unless `granularity` is one of `GRANULARITIES`."""
+    if granularity not in GRANULARITIES:
+        raise ArgumentError(
+            f"`{name}` cannot be learned per {granularity!r}."
+            f"{did_you_mean(str(granularity), GRANULARITIES)} Available: {listed(GRANULARITIES)}."
+        )
+
+
+def _as_tensor(value: Any, name: str) -> Tensor:
+    try:
+        tensor = torch.as_tensor(value)
+        floating = tensor if tensor.is_floating_point() else tensor.to(torch.get_default_dtype())
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ArgumentTypeError(f"`{name}` must be made of numbers. Got {value!r}.") from error
+    return floating
+
+
+def _widened(
+    bounds: tuple[float, float] | None, values: Sequence[float]
+) -> tuple[float, float] | None:
+    if bounds is None:
+        return None
+    inside = [value for value in values if value > 0]
+    return min([bounds[0], *inside]), max([bounds[1], *inside])
+
+
+def _brief(value: Tensor) -> str:
+    if value.numel() > 4:
+        return f"{value.numel()} values, {value.min().item():g} to {value.max().item():g}"
+    if value.numel() == 1:
+        return f"{value.item():g}"
+    return "[" + ", ".join(f"{v:g}" for v in value.flatten().tolist()) + "]"

@@ -1,0 +1,96 @@
+"""Named scalars out: what was learned, from what, and at what cost, for TensorBoard.
+
+The README lists every tag with its formula.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Monitor:
+    """Writes one point per outer update to a `torch.utils.tensorboard.SummaryWriter`.
+
+    The step of a point is the number of training steps so far. A hyperparameter of one number is one
+    curve; one of up to eight is a curve each; a longer one its mean, least and largest value.
+
+    Args:
+        writer: the `SummaryWriter`, or anything with its `add_scalar`.
+        hparams: what the HParams page shows of this run: strings and numbers.
+        names: the learned hyperparameters.
+
+    Cost: one host synchronisation per outer update.
+    """
+
+    def __init__(self, writer: Any, hparams: Mapping[str, Any], names: list[str]) -> None:
+        self._writer = writer
+        if hasattr(writer, "add_custom_scalars"):
+            writer.add_custom_scalars(dashboard_layout(names))
+        if hasattr(writer, "file_writer"):
+            _fill_hparams_page(writer, hparams, names)
+
+    def record(
+        self,
+        step: int,
+        values: Mapping[str, Tensor],
+        hypergradients: Mapping[str, Tensor],
+        scalars: Mapping[str, Tensor | float],
+    ) -> None:
+        """Write λ, dE/dλ, its norm and the other scalars of one outer update."""
+        points = {f"hyperparameter/{tag}": x for tag, x in _curves(values)}
+        points |= {f"hypergradient/{tag}": x for tag, x in _curves(hypergradients)}
+        points["hypergradient/norm"] = torch.cat(
+            [h.detach().flatten() for h in hypergradients.values()]
+        ).norm()
+        points |= {tag: torch.as_tensor(x) for tag, x in scalars.items()}
+        for tag, value in _on_host(points).items():
+            self._writer.add_scalar(tag, value, step)
+
+
+def _curves(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    found = []
+    for name, tensor in tensors.items():
+        flat = tensor.detach().flatten()
+        if flat.numel() == 1:
+            found.append((name, flat[0]))
+        elif flat.numel() <= 8:
+            found += [(f"{name}/{i}", x) for i, x in enumerate(flat)]
+        else:
+            found += [(f"{name}/mean", flat.mean())]
+            found += [(f"{name}/min", flat.min()), (f"{name}/max", flat.max())]
+    return found
+
+
+def _on_host(points: Mapping[str, Tensor]) -> dict[str, float]:
+    """Bring all of them over at once."""
+    device = next(iter(points.values())).device
+    together = torch.stack(
+        [x.detach().to(device, torch.float64, non_blocking=True) for x in points.values()]
+    )
+    return dict(zip(points, together.tolist(), strict=True))
+
+
+def dashboard_layout(names: list[str]) -> dict[str, dict[str, list[Any]]]:
+    """Return the custom-scalars page: the losses, then each λ above its dE/dλ, then safety and cost."""
+    charts: dict[str, list[Any]] = {"losses": ["Multiline", ["loss/inner", "loss/outer"]]}
+    for name in names:
+        charts[name] = ["Multiline", [f"hyperparameter/{name}$", f"hyperparameter/{name}/.*"]]
+        charts[f"dE/d {name}"] = [
+            "Multiline",
+            [f"hypergradient/{name}$", f"hypergradient/{name}/.*"],
+        ]
+    charts["rollbacks"] = ["Multiline", ["safeguards/rollbacks"]]
+    charts["cost in plain training steps, per step"] = ["Multiline", ["cost/ratio"]]
+    return {"hypertorch": charts}
+
+
+def _fill_hparams_page(writer: Any, hparams: Mapping[str, Any], names: list[str]) -> None:
+    """Name this run's settings and the tags that are its metrics; they fill as the tags do."""
+    from torch.utils.tensorboard.summary import hparams as summaries
+
+    tags = ["loss/outer", "loss/inner", "cost/ratio", *(f"hyperparameter/{n}" for n in names)]
+    metrics = dict.fromkeys(tags, 0.0)
+    for summary in summaries(dict(hparams), metrics):
+        writer.file_writer.add_summary(summary)

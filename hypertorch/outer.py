@@ -1,0 +1,78 @@
+"""How ρ moves: ρ_{k+1} = ρ_k − step_k, from one noisy hypergradient h_k = dE/dρ per window.
+
+The default rule needs no tuning; any `torch.optim` optimizer over the ρ can take its place.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+class GatedSign(torch.optim.Optimizer):
+    """Move each ρ by the sign of its hypergradient, as far as that sign can be trusted.
+
+    Most single hypergradients are noise, and their size changes by decades within a run; their sign
+    over a few windows is what is left. With averages m and s of h and h² (decay γ), over an effective
+    number n of windows,
+
+        t = m / √((s − m²) / n),      ρ ← ρ − κ sign(t) clip((|t| − 1) / 2, 0, 1):
+
+    no step below one standard error, the full step κ from three on. A hypergradient of exactly zero
+    says nothing (its hyperparameter had no part in the window) and changes nothing. It works
+    element by element, so that a vector of λ has as many gates.
+
+    Args:
+        params: the raw ρ.
+        max_step: κ, in ρ's units: for a positive λ, nats (0.2 is 22 % at most per update).
+        decay: γ in [0, 1).
+
+    Cost: two vectors of ρ's size; no host synchronisation.
+
+    Example:
+        >>> rho = torch.zeros(2, requires_grad=True)
+        >>> rule = GatedSign([rho], max_step=0.5)
+        >>> rho.grad = torch.tensor([1e-9, -3e4])
+        >>> _ = rule.step()
+        >>> rho
+        tensor([-0.5000,  0.5000], requires_grad=True)
+
+    References:
+        A significance gate as in COHG (2026); steps by the sign as in Micaelli and Storkey 2021.
+    """
+
+    def __init__(self, params: Iterable[Tensor], max_step: float = 0.2, decay: float = 0.8) -> None:
+        super().__init__(params, {"max_step": max_step, "decay": decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Move every ρ that has a gradient."""
+        for group in self.param_groups:
+            for raw in group["params"]:
+                if raw.grad is not None:
+                    self._move(raw, raw.grad, group["max_step"], group["decay"])
+
+    def _move(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
+        state = self.state[raw]
+        if not state:
+            state["seen"] = torch.zeros_like(raw)
+            state["mean"], state["mean_square"] = torch.zeros_like(raw), torch.zeros_like(raw)
+        informs = gradient != 0
+        state["seen"] += informs
+        for key, x in (("mean", gradient), ("mean_square", gradient * gradient)):
+            state[key] += torch.where(informs, (1 - decay) * (x - state[key]), 0.0)
+        t = _t_statistic(state["mean"], state["mean_square"], state["seen"], decay)
+        confidence = ((t.abs() - 1) / 2).clamp(0, 1)
+        raw -= torch.where(informs, max_step * t.sign() * confidence, 0.0)
+
+
+def _t_statistic(mean: Tensor, mean_square: Tensor, seen: Tensor, decay: float) -> Tensor:
+    """Return m̂ / √((ŝ − m̂²) / n), with n = (Σ w)² / Σ w² for the weights w of the average."""
+    total = 1 - decay**seen
+    mean, mean_square = mean / total, mean_square / total
+    n = total**2 * (1 + decay) / ((1 - decay) * (1 - decay ** (2 * seen)))
+    variance = (mean_square - mean * mean).clamp(min=0) / n
+    return torch.nan_to_num(mean / variance.sqrt(), nan=0.0)

@@ -1,0 +1,165 @@
+"""The live param groups: η_t = learned · schedule(t), and what schedulers and users see there.
+
+An LR scheduler computes the next lr from the one it finds in the group, or from the one it found
+when it was made; neither may move under it. So a group's `lr` holds reference · schedule(t), and
+
+    η_t = learned · lr / reference.
+
+While no scheduler is attached, the reference follows what is learned, and `lr` is η_t itself.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .dynamics import read_setting, write_setting
+from .errors import ArgumentTypeError, UnsupportedError
+from .hyperparameters import Setting
+
+
+class LearnedGroups:
+    """The param groups of an optimizer and the settings that are learned in them.
+
+    Args:
+        optimizer: the bare optimizer, whose groups are live.
+        settings: the learned settings, by name.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, settings: Mapping[str, Setting]) -> None:
+        self.optimizer = optimizer
+        self.settings = dict(settings)
+        self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
+        self._published: dict[str, list[float]] = {}
+
+    @property
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups
+
+    @property
+    def are_scalar(self) -> bool:
+        """Whether torch's own step can use what is learned."""
+        return all(setting.is_scalar for setting in self.settings.values())
+
+    def schedule(self, group: int) -> float:
+        """Return schedule(t) of one group: 1 while nobody else writes its `lr`."""
+        return float(self._groups[group]["lr"]) / self.reference[group]
+
+    def overrides(self) -> dict[str, list[Tensor | list[Tensor]]]:
+        """Return what Φ is to use in place of the groups' numbers: η_t and the other λ."""
+        self._check_nobody_else_wrote()
+        chosen = {
+            name: [setting.of_group(g) for g in range(len(self._groups))]
+            for name, setting in self.settings.items()
+        }
+        if "lr" in chosen:
+            chosen["lr"] = [_scaled(lr, self.schedule(g)) for g, lr in enumerate(chosen["lr"])]
+        return chosen
+
+    def publish(self) -> None:
+        """Write what is learned into the groups, as numbers; one host synchronisation."""
+        if not self.settings:
+            return
+        means = torch.stack([setting.group_means() for setting in self.settings.values()])
+        values = dict(zip(self.settings, means.tolist(), strict=True))
+        for name, by_group in values.items():
+            for g, value in enumerate(by_group):
+                self._publish_one(name, g, value)
+        self._published = values
+
+    def _publish_one(self, name: str, g: int, value: float) -> None:
+        group = self._groups[g]
+        if name != "lr":
+            write_setting(group, name, value)
+        elif "initial_lr" not in group:
+            group["lr"] = value * self.schedule(g)
+            self.reference[g] = value
+
+    def start(self) -> None:
+        """Publish the starting values, of which `lr` is the reference."""
+        for g, group in enumerate(self._groups):
+            if self.reference[g] == 0:  # it starts just inside, as everything does
+                self.reference[g] = 1.0
+                group["lr"] = 1.0
+        self.publish()
+
+    def add_group(self) -> None:
+        """Learn the settings of the group that was added last, from its own values."""
+        new = self._groups[-1]
+        owner = type(self.optimizer).__name__
+        for name, setting in self.settings.items():
+            (value,) = starting_values(owner, [new], name)
+            setting.extend(value, [p.shape for p in new["params"]])
+        self.reference.append(float(new.get("initial_lr", new["lr"])))
+        self.start()
+
+    def restart(self) -> None:
+        """Learn on from the numbers that the groups now hold."""
+        owner = type(self.optimizer).__name__
+        for name, setting in self.settings.items():
+            setting.restart(starting_values(owner, self._groups, name))
+        self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
+        self.start()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the references and what the groups show as `lr`."""
+        return {"reference": list(self.reference), "lr": [g["lr"] for g in self._groups]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over references and schedules; the settings hold what was learned."""
+        self.reference = list(state["reference"])
+        for group, lr in zip(self._groups, state["lr"], strict=True):
+            group["lr"] = lr
+        self.publish()
+
+    def effective_lr(self) -> list[float]:
+        """Return η_t of each group, as a number."""
+        learned = self._published.get("lr")
+        if learned is None:
+            return [float(group["lr"]) for group in self._groups]
+        return [value * self.schedule(g) for g, value in enumerate(learned)]
+
+    @contextmanager
+    def effective(self) -> Iterator[None]:
+        """Within, every group's `lr` is η_t, as torch's own step needs it."""
+        self._check_nobody_else_wrote()
+        visible = [group["lr"] for group in self._groups]
+        if "lr" in self.settings:
+            for group, lr in zip(self._groups, self.effective_lr(), strict=True):
+                group["lr"] = lr
+        try:
+            yield
+        finally:
+            for group, lr in zip(self._groups, visible, strict=True):
+                group["lr"] = lr
+
+    def _check_nobody_else_wrote(self) -> None:
+        for name, values in self._published.items():
+            for g, (group, value) in enumerate(zip(self._groups, values, strict=True)):
+                if name != "lr" and read_setting(group, name) != value:
+                    raise UnsupportedError(
+                        f"`{name}` of group {g} is learned, and something else set it to "
+                        f"{read_setting(group, name)}. Stop the scheduler from cycling it "
+                        f"(`cycle_momentum=False`), or do not learn `{name}`."
+                    )
+
+
+def starting_values(owner: str, groups: list[dict[str, Any]], name: str) -> list[float]:
+    """Return a setting's number in every group; `lr` before any schedule."""
+    found = [
+        group["initial_lr"] if name == "lr" and "initial_lr" in group else read_setting(group, name)
+        for group in groups
+    ]
+    for value in found:
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
+            raise ArgumentTypeError(f"`{name}` of {owner} must be a number. Got {value!r}.")
+    return [float(value) for value in found]
+
+
+def _scaled(lr: Tensor | list[Tensor], factor: float) -> Tensor | list[Tensor]:
+    if factor == 1.0:
+        return lr
+    return [part * factor for part in lr] if isinstance(lr, list) else lr * factor

@@ -1,0 +1,156 @@
+"""Divergence found before it reaches a weight, the state rolled back, η lowered, the run gone on.
+
+A loss or gradient that is not finite, or a loss far above its recent level, means that the last
+window went wrong: weights, buffers and λ return to where it started, and η is divided.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .constraints import to_raw
+from .errors import DivergenceError
+from .hyperparameters import Hyperparameter
+from .state import Snapshot
+
+
+class Diverged(Exception):
+    """Training went wrong; the message says what was seen. Handled by rolling back."""
+
+
+class Safeguards:
+    """Watches losses and gradients, and keeps the state to return to.
+
+    A loss explodes when it rises above its running level by more than `explosion` times that level
+    (and at least a tenth of the first loss). On a CPU every step is checked before it is made; on an
+    accelerator, where a check would stall it, when the next window opens or closes, and the steps
+    since are rolled back with it.
+
+    Args:
+        explosion: how many levels above its level a loss may rise.
+        backoff: what η is divided by at a rollback.
+        patience: rollbacks in a row before giving up.
+    """
+
+    def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
+        self.explosion, self.backoff, self.patience = explosion, backoff, patience
+        self.rollbacks = 0
+        self._in_a_row = 0
+        self._first: float | None = None
+        self._level = 0.0
+        self._pending: list[Tensor] = []
+        self._snapshot: Snapshot | None = None
+        self._raws: dict[str, Tensor] = {}
+
+    @property
+    def has_snapshot(self) -> bool:
+        """Whether there is a state to return to."""
+        return self._snapshot is not None
+
+    def remember(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Mapping[str, Hyperparameter],
+    ) -> None:
+        """Make the present state the one to return to."""
+        self._snapshot = Snapshot(model, optimizer)
+        self._raws = {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
+
+    def forget(self) -> None:
+        """Drop the state to return to; the next step remembers its own."""
+        self._snapshot = None
+
+    def watch(self, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
+        """Raise `Diverged` if this step must not be made (on an accelerator: must be undone)."""
+        present = [g for g in grads if g is not None]
+        norm = torch.nn.utils.get_total_norm(present)
+        seen = torch.stack([loss.detach().to(norm).reshape(()), norm])
+        self._pending.append(seen)
+        if seen.device.type == "cpu":
+            self.settle()
+
+    def settle(self) -> None:
+        """Raise `Diverged` if one of the steps seen since the last time went wrong."""
+        if not self._pending:
+            return
+        seen, self._pending = torch.stack(self._pending).tolist(), []
+        for loss, norm in seen:
+            self._judge(loss, norm)
+
+    def _judge(self, loss: float, norm: float) -> None:
+        if not math.isfinite(loss):
+            raise Diverged(f"the inner loss is {loss}")
+        if not math.isfinite(norm):
+            raise Diverged(f"the norm of the inner gradient is {norm}")
+        if self._first is None:
+            self._first = self._level = loss
+        scale = max(abs(self._level), 0.1 * abs(self._first))
+        if loss - self._level > self.explosion * scale:
+            raise Diverged(f"the inner loss rose from about {self._level:.3g} to {loss:.3g}")
+        self._level += 0.1 * (loss - self._level)
+
+    def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
+        """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
+        largest = [h.detach().abs().max() for h in hypergradients.values()]
+        loss, *sizes = torch.stack([outer_loss.detach().to(largest[0]), *largest]).tolist()
+        if not math.isfinite(loss):
+            raise Diverged(f"the outer loss is {loss}")
+        for name, size in zip(hypergradients, sizes, strict=True):
+            if not size < 1e15:
+                raise Diverged(f"the hypergradient of `{name}` reaches {size:.3g}")
+        self._in_a_row = 0
+
+    def roll_back(
+        self,
+        reason: Diverged,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Mapping[str, Hyperparameter],
+    ) -> None:
+        """Return weights, buffers and λ to the remembered state and divide η.
+
+        Raises:
+            DivergenceError: this was the last of `patience` rollbacks in a row.
+        """
+        assert self._snapshot is not None  # every learning step remembers one first
+        self._snapshot.restore(optimizer)
+        self._pending.clear()
+        self.rollbacks += 1
+        self._in_a_row += 1
+        for name, h in hyperparameters.items():
+            with torch.no_grad():
+                h.raw.copy_(self._raws[name])
+            h.refresh()
+        if self._in_a_row >= self.patience:
+            raise DivergenceError(
+                f"Training diverged {self._in_a_row} times in a row; last, {reason}. The weights are "
+                "back at the last good state. Check the data for NaN, start from a smaller `lr`, or "
+                "learn `lr` too, so that a rollback can lower it."
+            )
+        if "lr" in hyperparameters:
+            self._lower(hyperparameters["lr"])
+
+    def _lower(self, lr: Hyperparameter) -> None:
+        with torch.no_grad():
+            lr.raw.copy_(to_raw(lr.value.detach() / self.backoff, lr.constraint))
+        lr.clamp_()
+        lr.refresh()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the counters and the level of the loss; the snapshot is not part of it."""
+        return {
+            "rollbacks": self.rollbacks,
+            "in_a_row": self._in_a_row,
+            "first": self._first,
+            "level": self._level,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take over the counters; the next step remembers the state it starts from."""
+        self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
+        self._first, self._level = state["first"], state["level"]
+        self._pending.clear()
+        self.forget()

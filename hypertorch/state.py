@@ -1,0 +1,187 @@
+"""s = (params, buffers of the optimizer), and what else a training step may touch.
+
+Where a live model keeps its parameters, how fast weights take their place and hand back to them,
+snapshots to return to, and passes through a model that leave no trace.
+"""
+
+import random
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError
+
+#: Buffers that torch keeps on the host, whatever the device of the weights.
+_HOST_BUFFERS = ("step", "mu_product")
+
+
+class FastParameter(torch.Tensor):
+    """A differentiable weight w_t in a parameter's place: part of a graph, yet taken for a Parameter.
+
+    Copies and pickles of a model that holds one get an ordinary Parameter with its present value.
+    """
+
+    _is_param = True
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    def as_parameter(self) -> nn.Parameter:
+        """Return an independent leaf with this value."""
+        return nn.Parameter(self.detach().clone().as_subclass(torch.Tensor))
+
+    @property
+    def grad(self) -> None:  # type: ignore[override]
+        """None: the gradient of a fast weight never accumulates."""
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return memo.setdefault(id(self), self.as_parameter())
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.as_parameter().__reduce_ex__(protocol)
+
+
+class Slots:
+    """Where a model keeps each parameter of an optimizer; tied parameters have several slots.
+
+    Args:
+        model: the live model.
+        params: the optimizer's parameters, in order.
+
+    Raises:
+        ArgumentError: one of them is not in `model`.
+    """
+
+    def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
+        self.model = model
+        self.params = list(params)
+        places: dict[Tensor, list[tuple[nn.Module, str]]] = {p: [] for p in self.params}
+        for module in model.modules():
+            for name, param in module._parameters.items():
+                if param is not None and param in places:
+                    places[param].append((module, name))
+        self._places = list(places.values())
+        missing = sum(not slots for slots in self._places)
+        if missing:
+            raise ArgumentError(
+                f"{missing} of the optimizer's {len(self.params)} parameters are not in `model`. "
+                "Pass the model that the optimizer was built from."
+            )
+
+    def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Put `tensors` into the model; return them as it now holds them."""
+        held = [t if isinstance(t, nn.Parameter) else t.as_subclass(FastParameter) for t in tensors]
+        for tensor, slots in zip(held, self._places, strict=True):
+            for module, name in slots:
+                module._parameters[name] = tensor  # type: ignore[assignment]
+        return held
+
+    def hand_back(self, tensors: Sequence[Tensor]) -> None:
+        """Put the live parameters back, with the values of `tensors`."""
+        with torch.no_grad():
+            for param, tensor in zip(self.params, tensors, strict=True):
+                if tensor is not param:
+                    param.copy_(tensor)
+        self.fill(self.params)
+
+
+def set_buffers(
+    optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[int, Mapping[str, Any]]]
+) -> None:
+    """Give a live optimizer its buffers, cut from the graph; `buffers` is by group and position."""
+    for group, states in zip(optimizer.param_groups, buffers, strict=True):
+        for position, state in states.items():
+            param = group["params"][position]
+            optimizer.state[param] = {k: _settled(k, v) for k, v in state.items()}
+
+
+def _settled(key: str, value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
+    if key in _HOST_BUFFERS:
+        wide = torch.get_default_dtype() == torch.float64
+        return value.detach().to("cpu", torch.float64 if wide else torch.float32, copy=True)
+    return value.detach().clone()
+
+
+class Snapshot:
+    """The values of s and of the module buffers at one moment, to return to.
+
+    Cost: one copy of the weights, of the optimizer's buffers and of the module buffers.
+    """
+
+    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        self._params = [
+            (p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]
+        ]
+        self._state = {p: _cloned(state) for p, state in optimizer.state.items()}
+        self._module_buffers = ModuleBuffers(model)
+
+    def restore(self, optimizer: torch.optim.Optimizer) -> None:
+        """Write everything back; the snapshot stays usable."""
+        with torch.no_grad():
+            for param, value in self._params:
+                param.copy_(value)
+        optimizer.state.clear()
+        optimizer.state.update({p: _cloned(state) for p, state in self._state.items()})
+        self._module_buffers.restore()
+
+
+def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
+
+
+class ModuleBuffers:
+    """The buffers of a model's modules (BatchNorm statistics, …) at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [
+            (module, name, buffer, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def restore(self) -> None:
+        """Put the same tensors back, with their values at that moment."""
+        with torch.no_grad():
+            for module, name, buffer, value in self._saved:
+                buffer.copy_(value)
+                module._buffers[name] = buffer
+
+
+class RandomState:
+    """The state of every global random number generator: torch, CUDA, `random`, numpy."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy")
+        self._numpy = numpy.random.get_state() if numpy else None
+
+    def restore(self) -> None:
+        """Set every generator back to that state."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Within, the model may be used freely; after, its modes, buffers and the RNG are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers, randomness = ModuleBuffers(model), RandomState()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        buffers.restore()
+        randomness.restore()

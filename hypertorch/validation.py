@@ -1,0 +1,142 @@
+"""The usual outer loss E(s_T, λ): a criterion on the next batch of a validation loader."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import ArgumentError, ArgumentTypeError
+from .state import leaving_no_trace
+
+Batch = tuple[Any, Any]
+
+
+class ValidationLoss:
+    """E = criterion(model(x), y) on one batch (x, y) of `loader`, which is cycled for ever.
+
+    The model is in eval mode meanwhile and back in its former modes afterwards, BatchNorm statistics
+    count as constants, and training's random numbers are untouched: shuffling draws from a stream
+    of its own, which belongs to the state dict together with the position in the loader.
+
+    Args:
+        model: the model that trains; inside a window it holds the fast weights.
+        criterion: `criterion(model(x), y)` returns a scalar tensor.
+        loader: any re-iterable of `(x, y)` batches, such as a `DataLoader`. Batches are moved to
+            the device of the model.
+
+    Raises:
+        ArgumentError: the loader is empty.
+        ArgumentTypeError: the loader cannot be iterated, or a batch is not a pair `(x, y)`.
+
+    Cost: one forward pass per call, and one backward pass for its gradient.
+
+    Example:
+        >>> model = torch.nn.Linear(3, 1)
+        >>> batches = [(torch.ones(4, 3), torch.ones(4, 1))]
+        >>> ValidationLoss(model, torch.nn.functional.mse_loss, batches)().shape
+        torch.Size([])
+    """
+
+    def __init__(
+        self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], loader: Any
+    ) -> None:
+        if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
+            raise ArgumentTypeError(
+                f"`loader` must be re-iterable. Got {type(loader).__name__}. "
+                "Pass a DataLoader, or a list of (x, y) batches."
+            )
+        if hasattr(loader, "__len__") and len(loader) == 0:
+            raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
+        self.model = model
+        self.criterion = criterion
+        self.loader = loader
+        self._random = torch.Generator().manual_seed(torch.initial_seed()).get_state()
+        self._batches: Iterator[Batch] | None = None
+        self._position = 0  # batches drawn in this pass through the loader
+        self._pass_start = self._randomness()
+
+    def __call__(self) -> Tensor:
+        """Return E on the next batch."""
+        with leaving_no_trace(self.model):
+            x, y = self._next_batch()
+            self.model.eval()
+            return self.criterion(self.model(x), y)
+
+    def _next_batch(self) -> Batch:
+        torch.set_rng_state(self._random)
+        try:
+            batch = self._draw()
+        finally:
+            self._random = torch.get_rng_state()
+        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+            raise ArgumentTypeError(
+                f"A validation batch must be a pair (x, y). Got {type(batch).__name__}. "
+                "For other batches pass a callable that returns the outer loss."
+            )
+        device = next(self.model.parameters()).device
+        return _moved(batch[0], device), _moved(batch[1], device)
+
+    def _draw(self) -> Any:
+        if self._batches is None:
+            self._batches = self._new_pass()
+        batch = next(self._batches, None)
+        if batch is None:
+            self._batches = self._new_pass()
+            batch = next(self._batches, None)
+        if batch is None:
+            raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
+        self._position += 1
+        return batch
+
+    def _new_pass(self) -> Iterator[Batch]:
+        self._position, self._pass_start = 0, self._randomness()
+        return iter(self.loader)
+
+    def _randomness(self) -> dict[str, Tensor | None]:
+        generator = getattr(self.loader, "generator", None)
+        own = generator.get_state() if isinstance(generator, torch.Generator) else None
+        return {"torch": torch.get_rng_state(), "loader": own}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the position in the loader and the random state it was reached from."""
+        return {
+            "position": self._position,
+            "pass_start": dict(self._pass_start),
+            "random": self._random,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where `state_dict` was taken: the present pass is started again and skipped along."""
+        with leaving_no_trace(self.model):
+            self._replay(state["position"], state["pass_start"])
+        self._random = state["random"]
+
+    def _replay(self, position: int, pass_start: dict[str, Tensor | None]) -> None:
+        self._batches = None
+        if position:
+            torch.set_rng_state(pass_start["torch"])  # type: ignore[arg-type]
+            if pass_start["loader"] is not None:
+                self.loader.generator.set_state(pass_start["loader"])
+            self._batches = self._new_pass()
+            for _ in range(position):
+                next(self._batches)
+        self._position, self._pass_start = position, dict(pass_start)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_batches": None, "_resume": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        resume = state.pop("_resume")
+        self.__dict__.update(state)
+        self.load_state_dict(resume)
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return type(value)(_moved(item, device) for item in value)
+    return value
