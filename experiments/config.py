@@ -1,0 +1,56 @@
+"""`load_config`: the configuration of a run, composed from `configs/` and checked by the schema."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from experiments.config_errors import ConfigError, check_keys, explained
+from experiments.schema import CHOICES, Config
+
+CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
+
+
+def register_schema() -> None:
+    """Make the dataclasses known to Hydra: `schema`, and `<choice>_schema` in each group."""
+    store = ConfigStore.instance()
+    store.store(name="schema", node=Config)
+    for group, choices in CHOICES.items():
+        for choice, node in choices.items():
+            store.store(group=group, name=f"{choice}_schema", node=node)
+
+
+def load_config(overrides: list[str], folder: Path = CONFIG_FOLDER) -> Config:
+    """The configuration of one run, as `python -m experiments.run OVERRIDES` would see it.
+
+    Args:
+        overrides: Hydra overrides, e.g. `["experiment=digits", "optimizer.lr=0.01"]`.
+        folder: where `config.yaml` and the groups are.
+
+    Returns:
+        A checked configuration (an OmegaConf node with the fields of `Config`).
+
+    Raises:
+        ConfigError: for an unknown key or choice, or a value of the wrong type.
+    """
+    register_schema()
+    with explained(folder), initialize_config_dir(str(folder), version_base="1.3"):
+        config = compose("config", overrides)
+    return checked(config)
+
+
+def checked(config: DictConfig) -> Config:
+    """The same configuration, once every key in it is known and every value is there.
+
+    Raises:
+        ConfigError: for a key past the schema, or a group without a choice.
+    """
+    check_keys(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
+    return cast(Config, config)

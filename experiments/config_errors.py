@@ -1,0 +1,117 @@
+"""Hydra's complaints about a configuration, reworded: which file, which key, what to type."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from experiments import schema
+
+COMMAND_LINE = "command line"
+BEGINNINGS = ("Value", "Invalid", "Incompatible", "field")  # of OmegaConf's sentences about a value
+
+
+class ConfigError(ValueError):
+    """A setting that is unknown, of the wrong type, or that does not fit the others."""
+
+
+@contextlib.contextmanager
+def explained(folder: Path) -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise inside into a `ConfigError` of one line.
+
+    Args:
+        folder: the folder of the configuration; its name prefixes the files that are blamed.
+    """
+    try:
+        yield
+    except MissingConfigException as error:
+        raise ConfigError(_missing_choice(error)) from None
+    except HydraException as error:
+        raise ConfigError(_bad_setting(error, folder)) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(_bad_yaml(error)) from None
+
+
+def check_keys(config: DictConfig, prefix: str = "") -> None:
+    """Refuse keys that no dataclass names (`+key=value` adds them past the schema).
+
+    Args:
+        config: a composed configuration.
+        prefix: where it sits in the whole, as `"hyper."`.
+
+    Raises:
+        ConfigError: for the first such key.
+    """
+    known = getattr(OmegaConf.get_type(config), "__dataclass_fields__", None)
+    for key in map(str, config):
+        if known is not None and key not in known:
+            raise ConfigError(f"{COMMAND_LINE}: {_unknown_key(f'{prefix}{key}', known)}")
+        if isinstance(config._get_node(key), DictConfig):
+            check_keys(config[key], f"{prefix}{key}.")
+
+
+def did_you_mean(word: str, words: Iterable[str]) -> str:
+    """` Did you mean `…`?` for a close word, else the list of those there are."""
+    words = sorted(words)
+    close = difflib.get_close_matches(word, words, n=1)
+    return f" Did you mean `{close[0]}`?" if close else f" Available: {', '.join(words)}."
+
+
+def _missing_choice(error: MissingConfigException) -> str:
+    group, _, choice = (error.missing_cfg_file or "").rpartition("/")
+    options = [name for name in error.options or [] if not name.endswith("_schema")]
+    close = difflib.get_close_matches(choice, options, n=1)
+    hint = f" Did you mean `{close[0]}`?" if close else ""
+    return f"No {group} is called `{choice}`.{hint} Available: {', '.join(options)}."
+
+
+def _bad_setting(error: HydraException, folder: Path) -> str:
+    cause = error.__cause__
+    text = f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
+    place = re.match(r"In '(?P<file>[^']+)'", text)
+    where = f"{folder.name}/{place['file']}.yaml" if place else COMMAND_LINE
+    key = re.search(r"full_key: (\S+)", text)
+    if key is None:
+        return f"{where}: {_first_line(text)}"
+    if re.search(r"Key '.*' (is )?not in ", text):
+        return f"{where}: {_unknown_key(key[1], _siblings(text))}"
+    return f"{where}: `{key[1]}`: {_complaint(text)}"
+
+
+def _unknown_key(full_key: str, known: Iterable[str]) -> str:
+    prefix, dot, _ = full_key.rpartition(".")
+    names = [f"{prefix}{dot}{name}" for name in known if not name.startswith("_")]
+    return f"unknown key `{full_key}`.{did_you_mean(full_key, names)}"
+
+
+def _siblings(text: str) -> list[str]:
+    """The fields of the dataclass that the message names as the object's type."""
+    name = re.search(r"object_type=(\w+)", text)
+    fields: dict[str, Any] = getattr(
+        getattr(schema, name[1] if name else "", None), "__dataclass_fields__", {}
+    )
+    return list(fields)
+
+
+def _complaint(text: str) -> str:
+    """OmegaConf's sentence about a value, from among Hydra's lines around it."""
+    lines = [line.strip() for line in text.splitlines()]
+    sentences = [line for line in lines if line.startswith(BEGINNINGS)]
+    return (sentences or [_first_line(text)])[0].rstrip(".") + "."
+
+
+def _bad_yaml(error: yaml.YAMLError) -> str:
+    return "Not YAML: " + " ".join(str(error).split()) + "."
+
+
+def _first_line(text: str) -> str:
+    return text.strip().splitlines()[0].rstrip(".") + "."

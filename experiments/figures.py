@@ -1,0 +1,169 @@
+"""The figures: one run over its steps, and the demo's grid with the learned path on it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.run_folder import Row
+
+TRAIN, VALIDATION = "#0072b2", "#d55e00"  # colours that the colour-blind tell apart
+LR, WEIGHT_DECAY = "#009e73", "#cc79a7"
+OTHERS = ["#56b4e9", "#e69f00", "#000000"]
+DPI = 130
+NOT_LEARNED = {
+    "step", "epoch", "train_loss", "validation_loss", "validation_accuracy", "lr", "weight_decay",
+    "cost_steps", "rollbacks", "seconds",
+}  # fmt: skip
+
+
+def run_figure(history: Sequence[Row], summary: Mapping[str, Any], path: Path) -> None:
+    """Losses above, λ and η below, against training steps.
+
+    Args:
+        history: the rows of `metrics.csv`.
+        summary: of the same run.
+        path: of the PNG.
+    """
+    figure, (losses, values) = plt.subplots(
+        2, 1, figsize=(8, 6.5), sharex=True, layout="constrained"
+    )
+    figure.suptitle(
+        f"{summary['experiment']} / {summary['name']}: "
+        f"test accuracy {100 * summary['test_accuracy']:.1f} %, "
+        f"cost {summary['cost_steps']:.0f} plain training steps"
+    )
+    plot_losses(losses, history, summary["best_step"])
+    plot_hyperparameters(values, history)
+    values.set_xlabel("training step")
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def plot_losses(axes: Axes, history: Sequence[Row], best_step: int) -> None:
+    """Training and validation loss, and the step whose weights are kept.
+
+    Args:
+        axes: where to draw.
+        history: the rows of `metrics.csv`.
+        best_step: the step with the best validation accuracy.
+    """
+    steps = _column(history, "step")
+    axes.plot(steps, _column(history, "train_loss"), color=TRAIN, label="training (inner) loss")
+    axes.plot(
+        steps,
+        _column(history, "validation_loss"),
+        color=VALIDATION,
+        label="validation (outer) loss",
+    )
+    axes.axvline(best_step, color="0.5", linestyle=":", label="best validation accuracy")
+    axes.set_ylabel("cross-entropy (nats)")
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def plot_hyperparameters(axes: Axes, history: Sequence[Row]) -> None:
+    """λ, η and whatever else was learned, on a logarithmic axis.
+
+    Args:
+        axes: where to draw.
+        history: the rows of `metrics.csv`.
+    """
+    steps = _column(history, "step")
+    axes.plot(steps, _column(history, "lr"), color=LR, label="learning rate η")
+    axes.plot(steps, _column(history, "weight_decay"), color=WEIGHT_DECAY, label="weight decay λ")
+    others = [name for name in history[0] if name not in NOT_LEARNED]
+    for name, colour in zip(others, OTHERS, strict=False):
+        axes.plot(steps, _column(history, name), color=colour, label=name)
+    axes.set_yscale("log")
+    axes.set_ylabel("value (log scale, no unit)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def demo_figure(
+    grid: Mapping[tuple[float, float], float],
+    history: Sequence[Row],
+    summary: Mapping[str, Any],
+    path: Path,
+) -> None:
+    """Left the grid's test accuracy with the learned path, right the learned run's curves.
+
+    Args:
+        grid: test accuracy in [0, 1] of each (η, λ) with fixed hyperparameters.
+        history: of the learned run.
+        summary: of the learned run.
+        path: of the PNG.
+    """
+    figure = plt.figure(figsize=(13, 6), layout="constrained")
+    spaces = figure.add_gridspec(2, 2, width_ratios=[1.15, 1])
+    heat = figure.add_subplot(spaces[:, 0])
+    losses = figure.add_subplot(spaces[0, 1])
+    values = figure.add_subplot(spaces[1, 1], sharex=losses)
+    plot_grid(heat, grid)
+    plot_path(heat, history)
+    plot_losses(losses, history, summary["best_step"])
+    plot_hyperparameters(values, history)
+    losses.set_title(f"The learned run: test accuracy {100 * summary['test_accuracy']:.1f} %")
+    values.set_xlabel("training step")
+    figure.savefig(path, dpi=DPI)
+    plt.close(figure)
+
+
+def plot_grid(axes: Axes, grid: Mapping[tuple[float, float], float]) -> None:
+    """A heat map over the logarithms of η and λ, each cell with its test accuracy.
+
+    Args:
+        axes: where to draw.
+        grid: test accuracy in [0, 1] of each (η, λ).
+    """
+    lrs, decays = (sorted({point[i] for point in grid}) for i in (0, 1))
+    percent = np.array([[100 * grid[lr, decay] for lr in lrs] for decay in decays])
+    edges = (_edges(lrs), _edges(decays))
+    mesh = axes.pcolormesh(*edges, percent, cmap="viridis", vmin=percent.min())
+    for (lr, decay), accuracy in grid.items():
+        dark = 100 * accuracy < (percent.min() + percent.max()) / 2
+        axes.text(
+            lr, decay, f"{100 * accuracy:.1f}", ha="center", va="center",
+            color="white" if dark else "black", fontsize="small",
+        )  # fmt: skip
+    axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="weight decay λ")
+    axes.set_title(f"Grid of {len(grid)} runs with fixed η and λ, and the path of one learned run")
+    axes.figure.colorbar(mesh, ax=axes, label="test accuracy (%)")
+
+
+def plot_path(axes: Axes, history: Sequence[Row]) -> None:
+    """The learned (η, λ) from start to end.
+
+    Args:
+        axes: where to draw; its limits grow to hold the path.
+        history: of the learned run.
+    """
+    lr, decay = _column(history, "lr"), _column(history, "weight_decay")
+    axes.plot(lr, decay, color="white", linewidth=4)
+    axes.plot(lr, decay, color="#d62728", linewidth=2, label="learned path")
+    marker: dict[str, Any] = {"color": "#d62728", "markeredgecolor": "white", "linestyle": "none"}
+    axes.plot(lr[0], decay[0], marker="o", markersize=11, label="start", **marker)
+    axes.plot(lr[-1], decay[-1], marker="*", markersize=20, label="end", **marker)
+    axes.set_facecolor("0.92")
+    axes.legend(loc="best", framealpha=0.9)
+
+
+def _column(history: Sequence[Row], name: str) -> np.ndarray:
+    return np.array([row[name] for row in history], dtype=float)
+
+
+def _edges(values: Sequence[float]) -> np.ndarray:
+    """Borders half-way, in the logarithm, between equally spaced values."""
+    logs = np.log(values)
+    half = (logs[1] - logs[0]) / 2
+    return np.exp(np.append(logs - half, logs[-1] + half))

@@ -1,0 +1,143 @@
+"""The optimizer of a run, bare or wrapped to learn; one training step; the live λ and η."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from hydra.utils import get_object
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+import hypertorch
+from experiments.config_errors import ConfigError, did_you_mean
+from experiments.schema import Config, HyperConfig, Schedule
+
+
+def build(node: Any, *args: Any, **extra: Any) -> Any:
+    """Call what `_target_` of a configuration node names, with its other keys as arguments."""
+    settings: dict[Any, Any] = dict(OmegaConf.to_container(node, resolve=True))  # type: ignore[arg-type]
+    target = get_object(settings.pop("_target_"))
+    return target(*args, **extra, **settings)
+
+
+def build_optimizer(
+    config: Config,
+    model: nn.Module,
+    outer_loss: Callable[[], Tensor],
+    steps_per_epoch: int,
+    writer: Any = None,
+) -> torch.optim.Optimizer:
+    """The bare optimizer if `hyper.learn` is empty, else a `HyperOptimizer` around it.
+
+    Args:
+        config: of the run.
+        model: whose parameters are trained.
+        outer_loss: what λ and η are learned on.
+        steps_per_epoch: what `hyper.update_every=epoch` means.
+        writer: a SummaryWriter, or None.
+
+    Returns:
+        The optimizer.
+
+    Raises:
+        ConfigError: if `hyper.outer` names no rule.
+    """
+    bare: torch.optim.Optimizer = build(config.optimizer, model.parameters())
+    hyper = config.hyper
+    if not hyper.learn:
+        return bare
+    optional = {"window": hyper.window, "update_every": hyper.update_every}
+    given = {name: value for name, value in optional.items() if value is not None}
+    return hypertorch.HyperOptimizer(
+        bare,
+        model,
+        outer_loss=outer_loss,
+        learn=dict(hyper.learn),
+        outer=outer_rule(hyper),
+        steps_per_epoch=steps_per_epoch,
+        writer=writer,
+        **given,
+    )
+
+
+def outer_rule(hyper: HyperConfig) -> Callable[..., torch.optim.Optimizer]:
+    """The rule that moves λ and η: hypertorch's own, or a class of torch.optim by its name.
+
+    `hyper.outer_lr` is the `max_step` of the one and the `lr` of the others.
+
+    Raises:
+        ConfigError: if there is no such rule.
+    """
+    if hyper.outer == "GatedSign":
+        rule, rate = cast(Any, hypertorch.GatedSign), "max_step"
+    else:
+        rule, rate = _torch_rule(hyper.outer), "lr"
+    return rule if hyper.outer_lr is None else functools.partial(rule, **{rate: hyper.outer_lr})
+
+
+def _torch_rule(name: str) -> Any:
+    names = [other for other in dir(torch.optim) if other[0].isupper() and other != "Optimizer"]
+    if name not in names:
+        hint = did_you_mean(name, ["GatedSign", *names])
+        raise ConfigError(f"`hyper.outer` names no rule. Got `{name}`.{hint}")
+    return getattr(torch.optim, name)
+
+
+def training_step(optimizer: torch.optim.Optimizer, loss: Tensor) -> None:
+    """One step on the weights; a wrapped optimizer also learns λ and η from it."""
+    if isinstance(optimizer, hypertorch.HyperOptimizer):
+        optimizer.step(loss)
+    else:
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+
+def hyperparameter_values(optimizer: torch.optim.Optimizer) -> dict[str, float]:
+    """λ and η, and what else is learned: the mean over groups or tensors, before any schedule."""
+    values = dict.fromkeys(("lr", "weight_decay"), 0.0)
+    group = optimizer.param_groups[0]
+    values.update(lr=group.get("initial_lr", group["lr"]), weight_decay=group["weight_decay"])
+    if isinstance(optimizer, hypertorch.HyperOptimizer):
+        learned = optimizer.hyperparameters.items()
+        values |= {name: hyperparameter().mean().item() for name, hyperparameter in learned}
+    return {name: float(value) for name, value in values.items()}
+
+
+def cost_of(optimizer: torch.optim.Optimizer, steps: int) -> float:
+    """What the run cost so far, counted in plain training steps."""
+    return optimizer.cost if isinstance(optimizer, hypertorch.HyperOptimizer) else float(steps)
+
+
+def rollbacks_of(optimizer: torch.optim.Optimizer) -> int:
+    """How often the run was rolled back to its last good window."""
+    return optimizer.rollbacks if isinstance(optimizer, hypertorch.HyperOptimizer) else 0
+
+
+def close(optimizer: torch.optim.Optimizer) -> None:
+    """Hand an open window back to the model."""
+    if isinstance(optimizer, hypertorch.HyperOptimizer):
+        optimizer.close()
+
+
+def schedule_factor(schedule: Schedule, total: int, step: int) -> float:
+    """schedule(t) of η_t = η · schedule(t): 1 at the first step, and 0 at `total`, if not constant.
+
+    Args:
+        schedule: constant, linear, or half a cosine.
+        total: number of steps of the run.
+        step: t.
+
+    Returns:
+        A factor in [0, 1].
+    """
+    done = min(step / total, 1.0)
+    if schedule is Schedule.linear:
+        return 1.0 - done
+    if schedule is Schedule.cosine:
+        return 0.5 * (1.0 + math.cos(math.pi * done))
+    return 1.0

@@ -1,0 +1,94 @@
+"""`python -m experiments.run experiment=digits hyper=learn`: one run into its folder.
+
+The same command after Ctrl-C goes on from the checkpoint.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any, cast
+
+import hydra
+from omegaconf import DictConfig
+
+import hypertorch
+from experiments.config import CONFIG_FOLDER, checked, register_schema
+from experiments.config_errors import ConfigError, explained
+from experiments.figures import run_figure
+from experiments.resuming import Interrupted
+from experiments.run_folder import RunFolder
+from experiments.schema import Config
+from experiments.training import Trainer
+
+BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shells' own for Ctrl-C
+
+
+def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str, Any]:
+    """Do one run, or go on with it, or return the summary of the finished one.
+
+    Args:
+        config: of the run.
+        fresh: start anew, whatever the run folder holds.
+        progress: show a progress bar.
+
+    Returns:
+        What is in `summary.json`.
+
+    Raises:
+        ConfigError: if the folder holds a run with other settings.
+        Interrupted: after Ctrl-C, once the checkpoint is written.
+    """
+    folder = RunFolder.of(config, fresh)
+    summary = folder.load_summary()
+    if summary is not None:
+        return summary
+    trainer = Trainer(config, folder=folder, progress=progress)
+    summary = trainer.run()
+    run_figure(trainer.recorder.history, summary, folder.figure_file)
+    folder.save_summary(summary)
+    return summary
+
+
+@hydra.main(config_path=str(CONFIG_FOLDER), config_name="config", version_base="1.3")
+def _job(config: DictConfig) -> None:
+    with _exit_with_a_message():
+        settings = checked(config)
+        _report(run(settings), RunFolder.of(settings))
+
+
+def _report(summary: dict[str, Any], folder: RunFolder) -> None:
+    final = ", ".join(f"{name} {value:.3g}" for name, value in summary["final"].items())
+    print(f"Test accuracy {100 * summary['test_accuracy']:.2f} %; at the end {final}.")
+    print(f"Cost {summary['cost_steps']:.0f} plain training steps, {summary['seconds']:.1f} s.")
+    print(f"Run folder {folder.path}, figure {folder.figure_file}.")
+
+
+@contextlib.contextmanager
+def _exit_with_a_message() -> Iterator[None]:
+    """Exit with status 2 on bad input and 130 on Ctrl-C; anything else keeps its trace."""
+    try:
+        yield
+    except (ConfigError, FileNotFoundError, hypertorch.HypertorchError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(BAD_INPUT)
+    except Interrupted as interruption:
+        print(f"{interruption} The same command goes on from here.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except KeyboardInterrupt:
+        print("Interrupted; nothing was written since the last checkpoint.", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def main() -> None:
+    """Run what the command line says; `--multirun` and `--cfg job` are Hydra's."""
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra would print a trace and exit instead
+    register_schema()
+    with _exit_with_a_message(), explained(CONFIG_FOLDER):
+        cast(Any, _job)()
+
+
+if __name__ == "__main__":
+    main()

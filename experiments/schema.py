@@ -1,0 +1,140 @@
+"""The schema of `configs/`: one dataclass for each choice of each group.
+
+A key that is not here, or a value of another type, is an error that names file and key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Any
+
+from omegaconf import MISSING
+
+
+class Schedule(Enum):
+    """How the learning rate is scaled over a run: η_t = η · schedule(t)."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+@dataclass
+class DigitsConfig:
+    """scikit-learn's digits: 1797 grey images of 8×8 pixels in 10 classes."""
+
+    _target_: str = "experiments.tasks.digits"
+    train_size: int | None = None  # None: all that validation and test leave
+    validation_size: int = 500
+    test_size: int = 500
+    label_noise: float = 0.0  # fraction of the training labels that are replaced
+    split_seed: int = 0
+
+
+@dataclass
+class FashionMNISTConfig:
+    """Fashion-MNIST: 60 000 + 10 000 grey images of 28×28 pixels in 10 classes."""
+
+    _target_: str = "experiments.tasks.fashion_mnist"
+    root: str = "data"
+    archives: str = "/usr/share/datasets/fashion-mnist"  # the .gz files, unzipped into `root`
+    download: bool = False
+    train_size: int | None = None
+    validation_size: int = 10_000
+    test_size: int | None = None  # None: torchvision's whole test set
+    label_noise: float = 0.0
+    split_seed: int = 0
+
+
+@dataclass
+class MLPConfig:
+    """A multilayer perceptron with ReLU."""
+
+    _target_: str = "experiments.models.MLP"
+    hidden: list[int] = field(default_factory=lambda: [128])
+
+
+@dataclass
+class CNNConfig:
+    """A small convolutional network with BatchNorm."""
+
+    _target_: str = "experiments.models.SmallCNN"
+    channels: list[int] = field(default_factory=lambda: [16, 32])
+
+
+@dataclass
+class ResNet18Config:
+    """torchvision's ResNet-18 with a stem for small grey images."""
+
+    _target_: str = "experiments.models.resnet18"
+
+
+@dataclass
+class SGDConfig:
+    """`torch.optim.SGD`."""
+
+    _target_: str = "torch.optim.SGD"
+    lr: float = 0.1
+    momentum: float = 0.9
+    nesterov: bool = False
+    weight_decay: float = 1e-4
+
+
+@dataclass
+class AdamWConfig:
+    """`torch.optim.AdamW`."""
+
+    _target_: str = "torch.optim.AdamW"
+    lr: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 1e-2
+
+
+@dataclass
+class HyperConfig:
+    """What `hypertorch.HyperOptimizer` learns, and how. `learn: {}` leaves the bare optimizer."""
+
+    name: str = MISSING
+    learn: dict[str, str] = field(default_factory=dict)  # e.g. {lr: group, weight_decay: tensor}
+    window: int | None = None  # None: the library's default, here and below
+    update_every: Any = None  # steps, or "epoch"
+    outer: str = "GatedSign"  # or the name of a class of torch.optim
+    outer_lr: float | None = None
+
+
+@dataclass
+class RunConfig:
+    """The loop and its run folder, `<root>/<experiment>/<name>`."""
+
+    experiment: str = MISSING
+    name: str = "${hyper.name}-seed${run.seed}"
+    root: str = "runs"
+    seed: int = 0
+    epochs: int = 30
+    batch_size: int = 64
+    validation_batch_size: int = 500
+    schedule: Schedule = Schedule.constant
+    evaluate_every: int | None = None  # steps; None: once per epoch
+    checkpoint_every: int = 1000  # steps
+    device: str = "auto"  # cuda where there is one
+    threads: int | None = None  # of torch; None: torch's choice
+
+
+@dataclass
+class Config:
+    """One run."""
+
+    task: Any = MISSING
+    model: Any = MISSING
+    optimizer: Any = MISSING
+    hyper: HyperConfig = field(default_factory=HyperConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+CHOICES: dict[str, dict[str, type]] = {
+    "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig},
+    "model": {"mlp": MLPConfig, "cnn": CNNConfig, "resnet18": ResNet18Config},
+    "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+}
