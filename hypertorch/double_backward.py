@@ -1,14 +1,19 @@
 """What torch must be told while a window lasts, so that a loss can be differentiated twice.
 
-Fused attention, cuDNN's recurrent networks and compiled modules have no double backward. Their
-plain counterparts do; each is switched only while some window lasts, and switched back after.
+Fused attention, cuDNN's recurrent networks and compiled modules have no double backward, and that
+of fused weight normalisation is wrong. Their plain counterparts have; each is switched only while
+some window lasts, and switched back after.
 """
 
-from contextlib import AbstractContextManager, ExitStack
+import sys
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils import parametrizations
 
 
 class TwiceDifferentiable:
@@ -19,13 +24,15 @@ class TwiceDifferentiable:
     """
 
     #: Windows that hold the switches, and the way back once none does, for the whole process.
-    _holders: list["TwiceDifferentiable"] = []
-    _way_back = ExitStack()
+    _holders: ClassVar[list["TwiceDifferentiable"]] = []
+    _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
         self._switches = [_math_attention]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
+        if any(_is_weight_normalised(module) for module in model.modules()):
+            self._switches.append(_composite_weight_norm)
         on_gpu = any(p.is_cuda for p in model.parameters())
         if on_gpu and any(isinstance(module, nn.RNNBase) for module in model.modules()):
             self._switches.append(_without_cudnn)
@@ -56,6 +63,32 @@ def _eager() -> AbstractContextManager[None]:
 
 def _without_cudnn() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=False)  # type: ignore[no-any-return]
+
+
+#: `torch.nn.utils.weight_norm` is both a module and, under that name, a function.
+_legacy = sys.modules["torch.nn.utils.weight_norm"]
+
+
+@contextmanager
+def _composite_weight_norm() -> Iterator[None]:
+    """w = g v / ‖v‖ from its parts: torch 2.13's fused kernel fails `gradgradcheck` in v and g."""
+
+    def composite(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        return v * (g / torch.norm_except_dim(v, 2, dim))
+
+    fused = torch._weight_norm
+    torch._weight_norm = _legacy._weight_norm = composite  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch._weight_norm = _legacy._weight_norm = fused  # type: ignore[attr-defined]
+
+
+def _is_weight_normalised(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks.values()
+    return isinstance(module, parametrizations._WeightNorm) or any(
+        isinstance(hook, _legacy.WeightNorm) for hook in hooks
+    )
 
 
 def _is_compiled(module: nn.Module) -> bool:

@@ -139,17 +139,21 @@ class ModuleBuffers:
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [
-            (module, name, buffer, buffer.clone())
+            (module, name, buffer, buffer._version, buffer.clone())
             for module in model.modules()
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
 
     def restore(self) -> None:
-        """Put the same tensors back, with their values at that moment."""
+        """Put the same tensors back, with their values at that moment.
+
+        One that nobody wrote to is left alone: a graph may have saved it.
+        """
         with torch.no_grad():
-            for module, name, buffer, value in self._saved:
-                buffer.copy_(value)
+            for module, name, buffer, version, value in self._saved:
+                if buffer._version != version:
+                    buffer.copy_(value)
                 module._buffers[name] = buffer
 
 
