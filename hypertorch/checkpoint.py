@@ -42,8 +42,8 @@ def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
     for name, value in buffers.items():
         if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
             raise CheckpointError(
-                f"`{name}` of parameter {key} has shape {tuple(value.shape)} in the checkpoint, and "
-                f"the parameter {tuple(param.shape)}. Build the model that wrote it."
+                f"`{name}` of parameter {key} has shape {tuple(value.shape)} in the checkpoint, "
+                f"and the parameter {tuple(param.shape)}. Build the model that wrote it."
             )
 
 

@@ -58,11 +58,11 @@ def _math_attention() -> AbstractContextManager[None]:
 
 
 def _eager() -> AbstractContextManager[None]:
-    return torch.compiler.set_stance("force_eager")  # type: ignore[no-any-return]
+    return torch.compiler.set_stance("force_eager")
 
 
 def _without_cudnn() -> AbstractContextManager[None]:
-    return torch.backends.cudnn.flags(enabled=False)  # type: ignore[no-any-return]
+    return torch.backends.cudnn.flags(enabled=False)
 
 
 #: `torch.nn.utils.weight_norm` is both a module and, under that name, a function.

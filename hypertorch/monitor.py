@@ -13,8 +13,8 @@ from torch import Tensor
 class Monitor:
     """Writes one point per outer update to a `torch.utils.tensorboard.SummaryWriter`.
 
-    The step of a point is the number of training steps so far. A hyperparameter of one number is one
-    curve; one of up to eight is a curve each; a longer one its mean, least and largest value.
+    The step of a point is the number of training steps so far. A hyperparameter of up to eight
+    numbers has a curve for each; a longer one has its mean, least and largest value.
 
     Args:
         writer: the `SummaryWriter`, or anything with its `add_scalar`.
@@ -73,7 +73,7 @@ def _on_host(points: Mapping[str, Tensor]) -> dict[str, float]:
 
 
 def dashboard_layout(names: list[str]) -> dict[str, dict[str, list[Any]]]:
-    """Return the custom-scalars page: the losses, then each λ above its dE/dλ, then safety and cost."""
+    """Return the custom-scalars page: losses, each λ beside its dE/dλ, rollbacks, cost."""
     charts: dict[str, list[Any]] = {"losses": ["Multiline", ["loss/inner", "loss/outer"]]}
     for name in names:
         charts[name] = ["Multiline", [f"hyperparameter/{name}$", f"hyperparameter/{name}/.*"]]

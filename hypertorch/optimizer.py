@@ -40,8 +40,9 @@ class HyperOptimizer(torch.optim.Optimizer):
         s_t = Φ_t(s_{t-1}, λ),   t = 1 … K,       dE/dλ = ∂_s E · ds_K/dλ + ∂_λ E,
 
     and the outer rule moves ρ, where λ = c(ρ): s is (weights, optimizer buffers), Φ one step of
-    `optimizer`, λ what is in `learn`, K `window`, E `outer_loss`. The window's steps are the training
-    steps themselves. The hypergradient is exact for the window; what λ did before it is not seen.
+    `optimizer`, λ what is in `learn`, K `window`, E `outer_loss`. The window's steps are the
+    training steps themselves. The hypergradient is exact for the window; what λ did before it is
+    not seen.
 
     It is a `torch.optim.Optimizer`: LR schedulers multiply (η_t = learned · schedule(t)), hooks,
     `state_dict`, pickle and deepcopy work. With `outer=None` it is bit-identical to `optimizer`.
@@ -159,7 +160,7 @@ class HyperOptimizer(torch.optim.Optimizer):
     # What torch expects of an optimizer, forwarded to the wrapped one.
 
     @property
-    def state(self) -> Any:  # type: ignore[override]
+    def state(self) -> Any:
         """The wrapped optimizer's buffers, as of the start of an open window."""
         return self.optimizer.state
 
@@ -168,7 +169,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.optimizer.state = value
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's param groups, with the live parameters."""
         return self.optimizer.param_groups
 
@@ -177,7 +178,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self.optimizer.param_groups = value
 
     @property
-    def defaults(self) -> dict[str, Any]:  # type: ignore[override]
+    def defaults(self) -> dict[str, Any]:
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
@@ -203,7 +204,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # One training step.
 
-    def step(self, loss: Any = None) -> Any:  # type: ignore[override]
+    def step(self, loss: Any = None) -> Any:
         """Make one training step, and an outer update when one is due.
 
         Args:
@@ -443,7 +444,7 @@ class HyperOptimizer(torch.optim.Optimizer):
 
     # Param groups, checkpoints, copies.
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
+    @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose parameters are in `model`; its settings are learned as the others are.
 
@@ -460,7 +461,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         self._outer = self._new_outer()
         self._get_ready()
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """Return the state of weights' optimizer and of everything learned.
 
         `state` and `param_groups` are the wrapped optimizer's, with η_t as `lr`, so that the bare
@@ -490,8 +491,8 @@ class HyperOptimizer(torch.optim.Optimizer):
             "outer_loss": outer_state() if outer_state else None,
         }
 
-    @torch._disable_dynamo  # type: ignore[untyped-decorator]
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # type: ignore[override]
+    @torch._disable_dynamo
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken; one of the bare optimizer sets the starting values.
 
         Raises:

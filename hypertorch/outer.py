@@ -16,8 +16,8 @@ class GatedSign(torch.optim.Optimizer):
     """Move each ρ by the sign of its hypergradient, as far as that sign can be trusted.
 
     Most single hypergradients are noise, and their size changes by decades within a run; their sign
-    over a few windows is what is left. With averages m and s of h and h² (decay γ), over an effective
-    number n of windows,
+    over a few windows is what is left. With averages m and s of h and h² (decay γ), over an
+    effective number n of windows,
 
         t = m / √((s − m²) / n),      ρ ← ρ − κ sign(t) clip((|t| − 1) / 2, 0, 1):
 

@@ -25,9 +25,9 @@ class Safeguards:
     """Watches losses and gradients, and keeps the state to return to.
 
     A loss explodes when it rises above its running level by more than `explosion` times that level
-    (and at least a tenth of the first loss). On a CPU every step is checked before it is made; on an
-    accelerator, where a check would stall it, when the next window opens or closes, and the steps
-    since are rolled back with it.
+    (and at least a tenth of the first loss). On a CPU every step is checked before it is made; on
+    an accelerator, where a check would stall it, when the next window opens or closes, and the
+    steps since are rolled back with it.
 
     Args:
         explosion: how many levels above its level a loss may rise.
@@ -126,9 +126,9 @@ class Safeguards:
             h.refresh()
         if self._in_a_row >= self.patience:
             raise DivergenceError(
-                f"Training diverged {self._in_a_row} times in a row; last, {reason}. The weights are "
-                "back at the last good state. Check the data for NaN, start from a smaller `lr`, or "
-                "learn `lr` too, so that a rollback can lower it."
+                f"Training diverged {self._in_a_row} times in a row; last, {reason}. The weights "
+                "are back at the last good state. Check the data for NaN, start from a smaller "
+                "`lr`, or learn `lr` too, so that a rollback can lower it."
             )
         if "lr" in hyperparameters:
             self._lower(hyperparameters["lr"])

@@ -20,13 +20,13 @@ _HOST_BUFFERS = ("step", "mu_product")
 
 
 class FastParameter(torch.Tensor):
-    """A differentiable weight w_t in a parameter's place: part of a graph, yet taken for a Parameter.
+    """A differentiable weight w_t in a parameter's place: in a graph, yet taken for a Parameter.
 
     Copies and pickles of a model that holds one get an ordinary Parameter with its present value.
     """
 
     _is_param = True
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def as_parameter(self) -> nn.Parameter:
         """Return an independent leaf with this value."""
@@ -73,7 +73,9 @@ class Slots:
 
     def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Put `tensors` into the model; return them as it now holds them."""
-        held = [t if isinstance(t, nn.Parameter) else t.as_subclass(FastParameter) for t in tensors]
+        held: list[Tensor] = [
+            t if isinstance(t, nn.Parameter) else t.as_subclass(FastParameter) for t in tensors
+        ]
         for tensor, slots in zip(held, self._places, strict=True):
             for module, name in slots:
                 module._parameters[name] = tensor  # type: ignore[assignment]

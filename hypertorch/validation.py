@@ -15,9 +15,9 @@ Batch = tuple[Any, Any]
 class ValidationLoss:
     """E = criterion(model(x), y) on one batch (x, y) of `loader`, which is cycled for ever.
 
-    The model is in eval mode meanwhile and back in its former modes afterwards, BatchNorm statistics
-    count as constants, and training's random numbers are untouched: shuffling draws from a stream
-    of its own, which belongs to the state dict together with the position in the loader.
+    The model is in eval mode meanwhile and back in its former modes afterwards, BatchNorm
+    statistics count as constants, and training's random numbers are untouched: shuffling draws
+    from a stream of its own, which is in the state dict together with the position in the loader.
 
     Args:
         model: the model that trains; inside a window it holds the fast weights.
@@ -107,7 +107,7 @@ class ValidationLoss:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the present pass is started again and skipped along."""
+        """Go on where `state_dict` was taken: the pass is started again and skipped along."""
         with leaving_no_trace(self.model):
             self._replay(state["position"], state["pass_start"])
         self._random = state["random"]

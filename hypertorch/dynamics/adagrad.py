@@ -1,6 +1,6 @@
-"""Φ of Adagrad: G_t = G_{t-1} + g_t², w_t = w_{t-1} − η_t g_t / (√G_t + ε), η_t = η / (1 + (t−1) δ).
+"""Φ of Adagrad: G_t = G_{t-1} + g_t², w_t = w_{t-1} − η_t g_t / (√G_t + ε).
 
-δ is `lr_decay`; G_0 is `initial_accumulator_value`.
+η_t = η / (1 + (t−1) δ), δ is `lr_decay`; G_0 is `initial_accumulator_value`.
 """
 
 import torch

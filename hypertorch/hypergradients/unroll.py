@@ -1,4 +1,4 @@
-"""Reverse mode through the stored graph: α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E, α_K = ∂_s E.
+"""Reverse mode on the stored graph: α_K = ∂_s E, α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E.
 
 `higher` runs the unroll of our Φ; one backward pass of autograd from E is the recursion.
 """

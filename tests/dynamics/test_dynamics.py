@@ -82,7 +82,7 @@ def _our_steps(
     if learn_all:
         values = {n: dynamics.settings(group, 0)[n] for n in dynamics.constraints}
         group |= {n: torch.tensor(v) for n, v in values.items()}
-    state = optimizer.state[param] if param in optimizer.state else {}
+    state = optimizer.state.get(param, {})
     buffers = {k: v.clone() for k, v in state.items() if v is not None}
     weights = param.detach().clone()
     for t in range(start, start + STEPS):

@@ -1,4 +1,4 @@
-"""Windows through every kind of model: exact hypergradients, and the same weights as plain training."""
+"""Windows through every kind of model: exact hypergradients, the weights of plain training."""
 
 from collections.abc import Callable, Iterator
 from typing import Any
