@@ -1,0 +1,12 @@
+"""One thread and one seed for every test."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """Start every test from the same random numbers."""
+    torch.manual_seed(0)
