@@ -9,13 +9,17 @@ from torch import Tensor
 from .errors import CheckpointError, listed
 from .hyperparameters import Hyperparameter
 
+#: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
+PARTS = ("raw", "groups", "counters", "outer", "safeguards", "outer_loss")
+
 
 def check_checkpoint(
     state_dict: Any,
     optimizer: torch.optim.Optimizer,
     hyperparameters: Mapping[str, Hyperparameter],
+    outer: torch.optim.Optimizer | None,
 ) -> None:
-    """Raise `CheckpointError` unless groups, buffers and hyperparameters have the same shapes."""
+    """Raise `CheckpointError` unless groups, buffers, hyperparameters and outer rule fit."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
         raise CheckpointError(
             "This is not an optimizer's state dict: it has no `state` and `param_groups`. "
@@ -34,8 +38,12 @@ def check_checkpoint(
     keys = [key for group in saved for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
         _check_buffers(key, state_dict["state"].get(key, {}), param)
-    if state_dict.get("hypertorch") is not None:
-        _check_hyperparameters(state_dict["hypertorch"]["raw"], hyperparameters)
+    own = state_dict.get("hypertorch")
+    if own is not None:
+        _check_parts(own)
+        _check_hyperparameters(own["raw"], hyperparameters)
+        if outer is not None and own["outer"] is not None:
+            _check_outer(own["outer"], outer)
 
 
 def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
@@ -45,6 +53,26 @@ def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
                 f"`{name}` of parameter {key} has shape {tuple(value.shape)} in the checkpoint, "
                 f"and the parameter {tuple(param.shape)}. Build the model that wrote it."
             )
+
+
+def _check_parts(own: Mapping[str, Any]) -> None:
+    missing = set(PARTS) - set(own)
+    if missing:
+        raise CheckpointError(
+            f"The checkpoint's `hypertorch` part lacks {listed(missing)}. "
+            "Pass the whole of what `state_dict()` returned."
+        )
+
+
+def _check_outer(saved: Mapping[str, Any], outer: torch.optim.Optimizer) -> None:
+    settings, live = (
+        set().union(*groups) - {"params"} for groups in (saved["param_groups"], outer.param_groups)
+    )
+    if settings != live:
+        raise CheckpointError(
+            f"The checkpoint's outer rule has the settings {listed(settings)}, and this one "
+            f"{listed(live)}. Pass the same `outer`."
+        )
 
 
 def _check_hyperparameters(

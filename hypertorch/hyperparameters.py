@@ -190,20 +190,24 @@ class Setting(Hyperparameter):
         """Let λ be these numbers again, one per group, spread to its granularity."""
         self.set(torch.tensor(self._spread(values), dtype=self.raw.dtype, device=self.raw.device))
 
-    def extend(self, value: float, shapes: Sequence[torch.Size]) -> None:
-        """Make room for one more param group, which starts at `value`."""
+    def addition(self, value: float, shapes: Sequence[torch.Size]) -> "Setting":
+        """Return the setting of one more param group, which starts at `value`."""
         more = Setting(self.name, [value], [shapes], self.constraint, self.granularity, self.bounds)
-        if self.granularity == "shared":
-            if not torch.isclose(more.value.to(self.value), self.value):
-                raise ArgumentError(
-                    f"`{self.name}` is shared at {self.value.item():g}, and the new group brings "
-                    f'{value:g}. Give it that value, or learn `{self.name}` per "group".'
-                )
-        else:
+        is_shared = self.granularity == "shared"
+        if is_shared and not torch.isclose(more.value.to(self.value), self.value):
+            raise ArgumentError(
+                f"`{self.name}` is shared at {self.value.item():g}, and the new group brings "
+                f'{value:g}. Give it that value, or learn `{self.name}` per "group".'
+            )
+        return more
+
+    def extend(self, more: "Setting") -> None:
+        """Make room for the param groups of `more`, an `addition`."""
+        if self.granularity != "shared":
             grown = torch.cat([self.raw.detach(), more.raw.detach().to(self.raw)])
             self.raw = grown.requires_grad_()
             self.refresh()
-        self.shapes.append(list(shapes))
+        self.shapes += more.shapes
 
 
 def check_granularity(name: str, granularity: object) -> None:

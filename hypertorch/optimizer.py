@@ -263,12 +263,7 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not has_gradients:
             self.zero_grad()
             loss.backward()
-        grads = [p.grad for p in self._params()]
-        if all(grad is None for grad in grads):
-            raise WindowError(
-                "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
-                "`loss.backward()` on a loss of this optimizer's model first."
-            )
+        grads = self._gradients()
         if self.is_learning and isinstance(loss, Tensor):
             self._safeguards.watch(loss, grads)
         if self._groups.are_scalar:
@@ -277,6 +272,16 @@ class HyperOptimizer(torch.optim.Optimizer):
         else:
             self._step_by_dynamics()
         self.cost += 1
+
+    def _gradients(self) -> list[Tensor | None]:
+        """Return the gradients to step along, of which there must be one."""
+        grads = [p.grad for p in self._params()]
+        if all(grad is None for grad in grads):
+            raise WindowError(
+                "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
+                "`loss.backward()` on a loss of this optimizer's model first."
+            )
+        return grads
 
     @torch.no_grad()
     def _step_by_dynamics(self) -> None:
@@ -302,6 +307,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 "differentiate. Pass it, `step(loss)`, without calling backward; or switch "
                 "learning off with `outer=None`."
             )
+        self._gradients()
         if not self._warned_plain:
             self._warned_plain = True
             warnings.warn(
@@ -319,10 +325,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not self._open:
             self._safeguards.settle()
             self._remember()
-            self._open.append(self.engine.open(self.optimizer, self._slots))
-        self._open[0].step(
+        window = self._open[0] if self._open else self.engine.open(self.optimizer, self._slots)
+        window.step(
             loss, self._groups.overrides(), lambda grads: self._safeguards.watch(loss, grads)
         )
+        self._open[:] = [window]
         self._window_losses.append(loss.detach())
 
     def _step_out_of_window(self, loss: Tensor) -> None:
@@ -450,12 +457,15 @@ class HyperOptimizer(torch.optim.Optimizer):
 
         The open window is cut and the outer rule starts afresh.
         """
+        params = arguments.group_params(param_group)
+        Slots(self.model, params)
+        new = {**self.defaults, **param_group, "params": params}
+        check_options(type(self.optimizer).__name__, new)
+        additions = self._groups.additions(new)
         self.close()
-        Slots(self.model, arguments.group_params(param_group))
-        check_options(type(self.optimizer).__name__, {**param_group, "params": []})
         self.optimizer.add_param_group(param_group)
         self._slots = Slots(self.model, self._params())
-        self._groups.add_group()
+        self._groups.add_group(additions)
         arguments.place(self.hyperparameters.values(), self._params()[0])
         self._safeguards.forget()
         self._outer = self._new_outer()
@@ -498,8 +508,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit this optimizer, which is left untouched.
         """
+        check_checkpoint(state_dict, self.optimizer, self.hyperparameters, self._outer)
         own = state_dict.get("hypertorch")
-        check_checkpoint(state_dict, self.optimizer, self.hyperparameters)
         self.close()
         self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
         if own is None or not self.is_learning:

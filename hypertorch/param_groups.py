@@ -8,7 +8,7 @@ when it was made; neither may move under it. So a group's `lr` holds reference Â
 While no scheduler is attached, the reference follows what is learned, and `lr` is Î·_t itself.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -85,13 +85,19 @@ class LearnedGroups:
                 group["lr"] = 1.0
         self.publish()
 
-    def add_group(self) -> None:
-        """Learn the settings of the group that was added last, from its own values."""
-        new = self._groups[-1]
-        owner = type(self.optimizer).__name__
+    def additions(self, group: Mapping[str, Any]) -> dict[str, Setting]:
+        """Return what a new group adds to each setting, from the group's own values."""
+        owner, shapes = type(self.optimizer).__name__, [p.shape for p in group["params"]]
+        return {
+            name: setting.addition(starting_values(owner, [group], name)[0], shapes)
+            for name, setting in self.settings.items()
+        }
+
+    def add_group(self, additions: Mapping[str, Setting]) -> None:
+        """Learn the settings of the group that was added last, as the others are."""
         for name, setting in self.settings.items():
-            (value,) = starting_values(owner, [new], name)
-            setting.extend(value, [p.shape for p in new["params"]])
+            setting.extend(additions[name])
+        new = self._groups[-1]
         self.reference.append(float(new.get("initial_lr", new["lr"])))
         self.start()
 
@@ -146,7 +152,7 @@ class LearnedGroups:
                     )
 
 
-def starting_values(owner: str, groups: list[dict[str, Any]], name: str) -> list[float]:
+def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a setting's number in every group; `lr` before any schedule."""
     found = [
         group["initial_lr"] if name == "lr" and "initial_lr" in group else read_setting(group, name)

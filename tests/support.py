@@ -161,4 +161,6 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], rtol: flo
     """Assert that tensors agree to rounding, relative to the largest entry of each."""
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         scale = b.abs().max().item() if b.numel() else 0.0
-        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * scale, msg=lambda m, i=i: f"{i}: {m}")
+        torch.testing.assert_close(
+            a, b, rtol=rtol, atol=rtol * scale, msg=lambda m, i=i: f"{i}: {m}"
+        )

@@ -1,0 +1,346 @@
+"""Bad inputs to the constructor: the first part of the table of bad inputs."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from bad_input_bench import Bench, type_error, unsupported, value_error, wrap
+from support import OPTIMIZERS
+from torch import nn
+
+from hypertorch import HyperOptimizer, Hyperparameter, simplex, unit_interval
+
+SUPPORTED = "Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD"
+SGD_SETTINGS = "dampening, lr, momentum, weight_decay"
+
+
+def with_optimizer(make: Callable[[Any], Any]) -> Callable[[Bench, Any], Any]:
+    """Wrap another optimizer over the bench's parameters."""
+    return lambda bench, _: bench.wrap(make(bench.model.parameters()))
+
+
+def with_option(kind: Any, **option: Any) -> Callable[[Bench, Any], Any]:
+    """Wrap an optimizer with one option switched on."""
+    return with_optimizer(lambda params: kind(params, lr=0.1, **option))
+
+
+class MySGD(torch.optim.SGD):
+    """A subclass, which may step differently."""
+
+
+class Complex(nn.Module):
+    """A model with one complex weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2, dtype=torch.complex128))
+
+
+def sparse_embedding(bench: Bench) -> nn.Module:
+    return nn.Sequential(nn.Embedding(3, 2, sparse=True))
+
+
+def wrap_embedding(bench: Bench, model: nn.Module) -> None:
+    HyperOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: torch.tensor(0.0))
+
+
+def wrap_complex(bench: Bench, _: Any) -> None:
+    model = Complex()
+    HyperOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: torch.tensor(0.0))
+
+
+def wrap_foreign(bench: Bench, _: Any) -> None:
+    bench.wrap(model=bench.other)
+
+
+def wrap_partly_foreign(bench: Bench, _: Any) -> None:
+    strangers = [*bench.model.parameters(), *list(bench.other.parameters())[:1]]
+    bench.wrap(torch.optim.SGD(strangers, lr=0.1))
+
+
+def wrap_two_rates(bench: Bench, _: Any) -> None:
+    first, *rest = bench.model.parameters()
+    groups = [{"params": [first]}, {"params": rest, "lr": 0.2}]
+    bench.wrap(torch.optim.SGD(groups, lr=0.1), learn={"lr": "shared"})
+
+
+def wrap_same_name_twice(bench: Bench, _: Any) -> None:
+    bench.wrap(learn=["lr", Hyperparameter(0.5), Hyperparameter(0.25)])
+
+
+def set_number(name: str, value: Any) -> Callable[[Bench, Any], Any]:
+    """Wrap an optimizer whose group holds `value` under `name`."""
+
+    def act(bench: Bench, _: Any) -> None:
+        optimizer = torch.optim.SGD(bench.model.parameters(), lr=0.1, momentum=0.9)
+        optimizer.param_groups[0][name] = value
+        bench.wrap(optimizer, learn=["lr", name] if name != "lr" else ["lr"])
+
+    return act
+
+
+ARGUMENTS = [
+    type_error(
+        "a string is not an optimizer",
+        lambda b, _: b.wrap("SGD"),
+        "`optimizer` must be a torch.optim.Optimizer. Got str. "
+        "Build one first: torch.optim.SGD(model.parameters(), lr=0.1).",
+    ),
+    type_error(
+        "a list of parameters is not a model",
+        lambda b, _: b.wrap(model=list(b.model.parameters())),
+        "`model` must be a torch.nn.Module. Got list.",
+    ),
+    value_error(
+        "an optimizer of another model's parameters",
+        wrap_foreign,
+        "6 of the optimizer's 6 parameters are not in `model`. "
+        "Pass the model that the optimizer was built from.",
+    ),
+    value_error(
+        "an optimizer with one parameter of another model",
+        wrap_partly_foreign,
+        "1 of the optimizer's 7 parameters are not in `model`. "
+        "Pass the model that the optimizer was built from.",
+    ),
+    type_error(
+        "no outer loss",
+        wrap(outer_loss=None),
+        "`outer_loss` must be a callable that returns a scalar tensor. Got NoneType. "
+        "Pass ValidationLoss(model, criterion, val_loader).",
+    ),
+    type_error(
+        "an outer loss that is already a tensor",
+        wrap(outer_loss=torch.tensor(1.0)),
+        "`outer_loss` must be a callable that returns a scalar tensor. Got Tensor. "
+        "Pass ValidationLoss(model, criterion, val_loader).",
+    ),
+    type_error(
+        "an outer rule that is a number",
+        wrap(outer=0.01),
+        "`outer` must build an optimizer from raw tensors. Got float. "
+        "Pass functools.partial(torch.optim.Adam, lr=0.05), or None to switch learning off.",
+    ),
+    type_error(
+        "an engine by name",
+        wrap(engine="unroll"),
+        "`engine` must be an engine such as Unroll(). Got str.",
+    ),
+    value_error(
+        "a misspelt setting",
+        wrap(learn=["momentun"]),
+        "SGD has no hyperparameter `momentun`. Did you mean `momentum`? "
+        f"Available: {SGD_SETTINGS}.",
+    ),
+    value_error(
+        "a setting that no optimizer has",
+        wrap(learn=["temperature"]),
+        f"SGD has no hyperparameter `temperature`. Available: {SGD_SETTINGS}.",
+    ),
+    value_error(
+        "both betas at once",
+        lambda b, _: b.wrap(OPTIMIZERS["Adam"](b.model.parameters(), lr=0.1), learn=["betas"]),
+        "Adam has no hyperparameter `betas`. Did you mean `beta1` and `beta2`? "
+        "Available: beta1, beta2, eps, lr, weight_decay.",
+    ),
+    value_error(
+        "a switch",
+        wrap(learn=["nesterov"]),
+        f"`nesterov` of SGD is a switch and cannot be learned. Available: {SGD_SETTINGS}.",
+    ),
+    type_error(
+        "a setting that is a string",
+        set_number("momentum", "1e-3"),
+        "`momentum` of SGD must be a number. Got '1e-3'.",
+    ),
+    type_error(
+        "a setting that is None", set_number("lr", None), "`lr` of SGD must be a number. Got None."
+    ),
+    type_error(
+        "a setting that is a boolean",
+        set_number("dampening", True),
+        "`dampening` of SGD must be a number. Got True.",
+    ),
+    value_error(
+        "a setting that is NaN",
+        set_number("lr", float("nan")),
+        "`lr` must be finite. Got [nan].",
+    ),
+    value_error(
+        "a negative learning rate",
+        set_number("lr", -0.1),
+        "`lr` lies outside its set. Got [-0.1], expected values between 0 and inf.",
+    ),
+    value_error(
+        "a momentum above one",
+        set_number("momentum", 1.5),
+        "`momentum` lies outside its set. Got [1.5], expected values between 0 and 1.",
+    ),
+    value_error(
+        "nothing to learn",
+        wrap(learn=[]),
+        '`learn` is empty. Name a setting, such as "lr", or pass `outer=None`.',
+    ),
+    type_error("a number to learn", wrap(learn=3), "`learn` must hold names. Got int."),
+    type_error(
+        "a number among the names to learn",
+        wrap(learn=["lr", 3]),
+        "`learn` holds names of settings and Hyperparameter objects. Got 3.",
+    ),
+    value_error(
+        "a name that is learned twice",
+        wrap(learn=["lr", "lr"]),
+        "`lr` is learned twice. Give each Hyperparameter a `name` of its own.",
+    ),
+    value_error(
+        "two hyperparameters without names",
+        wrap_same_name_twice,
+        "`hyperparameter` is learned twice. Give each Hyperparameter a `name` of its own.",
+    ),
+    value_error(
+        "a misspelt granularity",
+        wrap(learn={"lr": "tensors"}),
+        "`lr` cannot be learned per 'tensors'. Did you mean `tensor`? "
+        "Available: element, group, shared, tensor.",
+    ),
+    value_error(
+        "a shared setting over groups that differ",
+        wrap_two_rates,
+        "`lr` cannot be shared: the param groups start at [0.1, 0.2]. "
+        'Use "group", or give them one value.',
+    ),
+    unsupported(
+        "dampening with Nesterov momentum",
+        lambda b, _: b.wrap(
+            OPTIMIZERS["SGD with Nesterov"](b.model.parameters(), lr=0.1), learn=["dampening"]
+        ),
+        "SGD with `nesterov=True` has no dampening to learn: torch requires it to be 0.",
+    ),
+    value_error(
+        "a window longer than the steps between updates",
+        wrap(window=6),
+        "A window of 6 steps does not fit into 5 steps between updates. "
+        "Shorten `window` or lengthen `update_every`.",
+    ),
+    value_error(
+        "an empty window",
+        wrap(window=0),
+        "`window` must be a whole number of steps, at least 1. Got 0.",
+    ),
+    value_error(
+        "half a step",
+        wrap(window=2.5),
+        "`window` must be a whole number of steps, at least 1. Got 2.5.",
+    ),
+    value_error(
+        "an update every true steps",
+        wrap(update_every=True),
+        "`update_every` must be a whole number of steps, at least 1. Got True.",
+    ),
+    value_error(
+        "epochs of unknown length",
+        wrap(update_every="epoch"),
+        '`update_every="epoch"` needs `steps_per_epoch`. Pass len(train_loader).',
+    ),
+    value_error(
+        "a misspelt epoch",
+        wrap(update_every="epochs"),
+        "`update_every` must be a number of steps or \"epoch\". Got 'epochs'. "
+        "Did you mean `epoch`?",
+    ),
+    unsupported(
+        "an optimizer without dynamics",
+        with_optimizer(torch.optim.LBFGS),
+        f"No dynamics Φ for LBFGS. Supported: {SUPPORTED}. Write one and call `register_dynamics`.",
+    ),
+    unsupported(
+        "an optimizer of sparse gradients",
+        with_optimizer(torch.optim.SparseAdam),
+        f"No dynamics Φ for SparseAdam. Supported: {SUPPORTED}. "
+        "Write one and call `register_dynamics`.",
+    ),
+    unsupported(
+        "a subclass that may step differently",
+        with_optimizer(MySGD),
+        f"No dynamics Φ for MySGD. Supported: {SUPPORTED}. Write one and call `register_dynamics`.",
+    ),
+    unsupported(
+        "a wrapper around a wrapper",
+        lambda b, wrapper: HyperOptimizer(wrapper, b.model, b.validation()),
+        f"No dynamics Φ for HyperOptimizer. Supported: {SUPPORTED}. "
+        "Write one and call `register_dynamics`.",
+        Bench.wrap,
+    ),
+    unsupported(
+        "a fused optimizer",
+        with_option(torch.optim.AdamW, fused=True),
+        "AdamW with `fused=True` is not supported: a fused kernel rounds differently and skips "
+        "steps by itself. Build it with `fused=False`.",
+    ),
+    unsupported(
+        "a capturable optimizer",
+        with_option(torch.optim.Adam, capturable=True),
+        "Adam with `capturable=True` is not supported: it keeps its counters on the device and "
+        "changes the arithmetic. Build it with `capturable=False`.",
+    ),
+    unsupported(
+        "a differentiable optimizer",
+        with_option(torch.optim.SGD, differentiable=True),
+        "SGD with `differentiable=True` is not supported: torch's own differentiable step "
+        "detaches the first momentum buffer. Build it with `differentiable=False`.",
+    ),
+    unsupported(
+        "an embedding with sparse gradients",
+        wrap_embedding,
+        "`0` (Embedding) has sparse gradients, which cannot be differentiated twice. "
+        "Build it with `sparse=False`.",
+        sparse_embedding,
+    ),
+    unsupported(
+        "complex parameters",
+        wrap_complex,
+        "SGD has complex parameters, and Φ is real. Use `torch.view_as_real`.",
+    ),
+    value_error(
+        "an empty validation loader",
+        lambda b, _: b.validation([]),
+        "`loader` is empty. An outer loss needs validation data.",
+    ),
+    type_error(
+        "a validation loader that can be read only once",
+        lambda b, _: b.validation(iter(b.data)),
+        "`loader` must be re-iterable. Got list_iterator. "
+        "Pass a DataLoader, or a list of (x, y) batches.",
+    ),
+    type_error(
+        "a validation loader that is a number",
+        lambda b, _: b.validation(5),
+        "`loader` must be re-iterable. Got int. Pass a DataLoader, or a list of (x, y) batches.",
+    ),
+    value_error(
+        "a hyperparameter outside its set",
+        lambda *_: Hyperparameter(1.5, constraint=unit_interval, name="alpha"),
+        "`alpha` lies outside its set. Got 1.5, expected values between 0 and 1.",
+    ),
+    value_error(
+        "a point outside the simplex",
+        lambda *_: Hyperparameter([0.5, 0.75], constraint=simplex, name="mixture"),
+        "`mixture` lies outside the simplex. Got [0.5, 0.75], "
+        "expected non-negative values that sum to 1.",
+    ),
+    value_error(
+        "a hyperparameter that is infinite",
+        lambda *_: Hyperparameter(float("inf"), name="alpha"),
+        "`alpha` must be finite. Got inf.",
+    ),
+    type_error(
+        "a hyperparameter that is a word",
+        lambda *_: Hyperparameter("half", name="alpha"),
+        "`alpha` must be made of numbers. Got 'half'.",
+    ),
+    value_error(
+        "bounds in the wrong order",
+        lambda *_: Hyperparameter(0.5, name="alpha", bounds=(1.0, 0.0)),
+        "`bounds` of `alpha` must be ordered. Got (1.0, 0.0).",
+    ),
+]

@@ -1,0 +1,315 @@
+"""Bad inputs to a wrapper in use: losses, steps, param groups and checkpoints."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from bad_input_bench import Bench, rejected, type_error, unsupported, value_error, window_error
+from torch import nn
+
+from hypertorch import HyperOptimizer, ValidationLoss
+
+NO_GRADIENT = (
+    "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
+    "`loss.backward()` on a loss of this optimizer's model first."
+)
+STALE = (
+    "The loss does not depend on the model's present weights. Compute it from "
+    "`model` after the previous step, and call `step(loss)` once per loss."
+)
+NO_GRAPH = (
+    "{} has no graph. Compute it from the model, outside `torch.no_grad()` and without `.detach()`."
+)
+
+
+def stale_loss(bench: Bench) -> torch.Tensor:
+    """Wrap, and return a loss whose step has been made."""
+    wrapper = bench.wrap()
+    loss = bench.loss()
+    wrapper.step(loss)
+    return loss
+
+
+def step_on(make_loss: Callable[[Bench], Any]) -> Callable[[Bench, HyperOptimizer], Any]:
+    """Step on what `make_loss` makes."""
+    return lambda bench, wrapper: wrapper.step(make_loss(bench))
+
+
+def step_on_foreign(bench: Bench, wrapper: HyperOptimizer) -> None:
+    wrapper.step(bench.loss(model=bench.other))
+
+
+def with_outer(outer: Any) -> Callable[[Bench], HyperOptimizer]:
+    """Return a preparation of a wrapper that asks `outer` for the outer loss at its next step."""
+    return lambda b: b.wrap(window=1, update_every=1, outer_loss=lambda: outer(b))
+
+
+def add_shared_group(bench: Bench, wrapper: HyperOptimizer) -> None:
+    added = bench.model.added
+    wrapper.add_param_group({"params": [added.weight], "lr": 0.5})
+
+
+def with_another_layer(bench: Bench) -> HyperOptimizer:
+    """Wrap a model that has a layer the optimizer does not know yet."""
+    bench.model.added = nn.Linear(2, 2).double()
+    return bench.wrap(learn={"weight_decay": "group", "lr": "shared"})
+
+
+def changed(**entries: Any) -> Callable[[Bench, HyperOptimizer], None]:
+    """Load the wrapper's own checkpoint with entries replaced; a function gets the old entry."""
+
+    def act(bench: Bench, wrapper: HyperOptimizer) -> None:
+        state = copy.deepcopy(bench.checkpoint)
+        for name, change in entries.items():
+            state[name] = change(state[name]) if callable(change) else change
+        wrapper.load_state_dict(state)
+
+    return act
+
+
+def with_checkpoint(bench: Bench, **options: Any) -> HyperOptimizer:
+    """Return a wrapper that has written a checkpoint and gone on."""
+    wrapper = bench.in_window(**options)
+    bench.checkpoint = wrapper.state_dict()
+    wrapper.step(bench.loss(2))
+    wrapper.close()
+    return wrapper
+
+
+def beside(**options: Any) -> Callable[[Bench], HyperOptimizer]:
+    """Prepare a wrapper, and the checkpoint of a stranger that was built with other options."""
+
+    def prepare(bench: Bench) -> HyperOptimizer:
+        bench.checkpoint = Bench().in_window(**options).state_dict()
+        return bench.in_window()
+
+    return prepare
+
+
+def beside_two_groups(bench: Bench) -> HyperOptimizer:
+    """Prepare a wrapper, and the checkpoint of an optimizer with another grouping."""
+    first, *rest = Bench().model.parameters()
+    other = torch.optim.SGD([{"params": [first]}, {"params": rest}], lr=0.1)
+    bench.checkpoint = other.state_dict()
+    return bench.in_window()
+
+
+def widened(state: dict[int, dict[str, torch.Tensor]]) -> dict[int, Any]:
+    """Give the first parameter's momentum buffer another shape."""
+    return {**state, 0: {"momentum_buffer": torch.zeros(9, 4, dtype=torch.float64)}}
+
+
+USE = [
+    type_error(
+        "a number as the loss",
+        step_on(lambda b: 0.25),
+        "The inner loss must be a tensor. Got float. "
+        "Pass the tensor that the criterion returned, not its `.item()`.",
+        Bench.in_window,
+    ),
+    type_error(
+        "a closure that returns nothing",
+        lambda b, wrapper: wrapper.step(lambda: None),
+        "The inner loss must be a tensor. Got NoneType. "
+        "Pass the tensor that the criterion returned, not its `.item()`.",
+        Bench.in_window,
+    ),
+    value_error(
+        "one loss per example",
+        lambda b, wrapper: wrapper.step(b.model[0].weight.sum(1)),
+        "The inner loss must be a scalar. Got shape (6,). Reduce it: `loss.mean()`.",
+        Bench.in_window,
+    ),
+    value_error(
+        "a detached loss",
+        lambda b, wrapper: wrapper.step(b.model[0].weight.sum().detach()),
+        NO_GRAPH.format("The inner loss"),
+        Bench.in_window,
+    ),
+    value_error(
+        "a detached loss in a plain step",
+        lambda b, wrapper: wrapper.step(b.model[0].weight.sum().detach()),
+        NO_GRAPH.format("The inner loss"),
+        Bench.in_plain_steps,
+    ),
+    window_error(
+        "the loss of another model at a window's start", step_on_foreign, STALE, Bench.wrap
+    ),
+    window_error("the loss of another model in a window", step_on_foreign, STALE, Bench.in_window),
+    window_error(
+        "the loss of another model in a plain step",
+        step_on_foreign,
+        NO_GRADIENT,
+        Bench.in_plain_steps,
+    ),
+    window_error(
+        "a loss whose step has been made", lambda b, loss: b.wrapper.step(loss), STALE, stale_loss
+    ),
+    window_error(
+        "step() with nothing at all", lambda b, wrapper: wrapper.step(), NO_GRADIENT, Bench.wrap
+    ),
+    window_error(
+        "step() with nothing in a plain step",
+        lambda b, wrapper: wrapper.step(),
+        NO_GRADIENT,
+        Bench.in_plain_steps,
+    ),
+    window_error(
+        "step() with nothing in a window",
+        lambda b, wrapper: wrapper.step(),
+        "A window of 3 steps is open, and `step()` got no loss to differentiate. Pass it, "
+        "`step(loss)`, without calling backward; or switch learning off with `outer=None`.",
+        Bench.in_window,
+    ),
+    type_error(
+        "validation batches that are not pairs",
+        lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, [b.data[0][0]])(),
+        "A validation batch must be a pair (x, y). Got Tensor. "
+        "For other batches pass a callable that returns the outer loss.",
+    ),
+    value_error(
+        "a validation loader of unknown length that is empty",
+        lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, Unsized())(),
+        "`loader` is empty. An outer loss needs validation data.",
+    ),
+    type_error(
+        "a param group that is a list",
+        lambda b, wrapper: wrapper.add_param_group(list(b.other.parameters())),
+        "A param group must be a dict with the key `params`.",
+        Bench.in_plain_steps,
+    ),
+    value_error(
+        "a param group of another model",
+        lambda b, wrapper: wrapper.add_param_group({"params": list(b.other.parameters())}),
+        "6 of the optimizer's 6 parameters are not in `model`. "
+        "Pass the model that the optimizer was built from.",
+        Bench.in_plain_steps,
+    ),
+    value_error(
+        "a param group that differs in a shared setting",
+        add_shared_group,
+        "`lr` is shared at 0.1, and the new group brings 0.5. "
+        'Give it that value, or learn `lr` per "group".',
+        with_another_layer,
+    ),
+    unsupported(
+        "a param group with a refused option",
+        lambda b, wrapper: wrapper.add_param_group(
+            {"params": [b.model.added.weight], "differentiable": True}
+        ),
+        "SGD with `differentiable=True` is not supported: torch's own differentiable step "
+        "detaches the first momentum buffer. Build it with `differentiable=False`.",
+        with_another_layer,
+    ),
+    unsupported(
+        "a learned momentum that something else writes to",
+        lambda b, wrapper: wrapper.step(b.prepared_loss),
+        "`momentum` of group 0 is learned, and something else set it to 0.5. Stop the scheduler "
+        "from cycling it (`cycle_momentum=False`), or do not learn `momentum`.",
+        lambda b: with_written_momentum(b),
+    ),
+]
+
+
+class Unsized:
+    """An iterable without a length and without batches."""
+
+    def __iter__(self) -> Any:
+        return iter(())
+
+
+def with_written_momentum(bench: Bench) -> HyperOptimizer:
+    """Return a wrapper that learns the momentum, which somebody else then sets."""
+    wrapper = bench.wrap(learn=["lr", "momentum"])
+    bench.optimizer.param_groups[0]["momentum"] = 0.5
+    bench.prepared_loss = bench.loss()
+    return wrapper
+
+
+NOT_A_STATE = (
+    "This is not an optimizer's state dict: it has no `state` and `param_groups`. "
+    "Pass what `state_dict()` of a HyperOptimizer or a torch optimizer returned."
+)
+
+#: Seen when a window ends: its training steps stay, and nothing is learned from them.
+OUTER = [
+    type_error(
+        "an outer loss that returns a number",
+        lambda b, wrapper: wrapper.step(b.loss()),
+        "The outer loss must be a tensor. Got float. "
+        "Pass the tensor that the criterion returned, not its `.item()`.",
+        with_outer(lambda b: 0.25),
+    ),
+    value_error(
+        "an outer loss with one value per example",
+        lambda b, wrapper: wrapper.step(b.loss()),
+        "The outer loss must be a scalar. Got shape (6,). Reduce it: `loss.mean()`.",
+        with_outer(lambda b: b.model[0].weight.sum(1)),
+    ),
+    value_error(
+        "an outer loss without a graph",
+        lambda b, wrapper: wrapper.step(b.loss()),
+        NO_GRAPH.format("The outer loss"),
+        with_outer(lambda b: b.model[0].weight.sum().detach()),
+    ),
+]
+
+CHECKPOINTS = [
+    rejected(
+        "None as a checkpoint",
+        lambda b, wrapper: wrapper.load_state_dict(None),
+        NOT_A_STATE,
+        with_checkpoint,
+    ),
+    rejected(
+        "the model's checkpoint",
+        lambda b, wrapper: wrapper.load_state_dict(b.model.state_dict()),
+        NOT_A_STATE,
+        with_checkpoint,
+    ),
+    rejected(
+        "a checkpoint of other groups",
+        changed(),
+        "The checkpoint has param groups of [1, 5] parameters, and this optimizer of [6]. "
+        "Build the model and optimizer that wrote it.",
+        beside_two_groups,
+    ),
+    rejected(
+        "a checkpoint of another width",
+        changed(state=widened),
+        "`momentum_buffer` of parameter 0 has shape (9, 4) in the checkpoint, and the parameter "
+        "(6, 4). Build the model that wrote it.",
+        with_checkpoint,
+    ),
+    rejected(
+        "a checkpoint that learned something else",
+        changed(),
+        "The checkpoint learned momentum, and this optimizer learns lr, weight_decay. "
+        "Pass the same `learn`.",
+        beside(learn=["momentum"]),
+    ),
+    rejected(
+        "a checkpoint that learned the same per tensor",
+        changed(),
+        "`lr` has raw shape (6,) in the checkpoint, and (1,) here. "
+        "Learn it at the same granularity.",
+        beside(learn={"lr": "tensor", "weight_decay": "group"}),
+    ),
+    rejected(
+        "a checkpoint of another outer rule",
+        changed(),
+        "The checkpoint's outer rule has the settings amsgrad, betas, capturable, "
+        "decoupled_weight_decay, differentiable, eps, foreach, fused, lr, maximize, weight_decay, "
+        "and this one decay, max_step. Pass the same `outer`.",
+        beside(outer=partial(torch.optim.Adam, lr=0.05)),
+    ),
+    rejected(
+        "a checkpoint whose learned part was cut off",
+        changed(hypertorch=lambda own: {"raw": own["raw"]}),
+        "The checkpoint's `hypertorch` part lacks counters, groups, outer, outer_loss, safeguards. "
+        "Pass the whole of what `state_dict()` returned.",
+        with_checkpoint,
+    ),
+]
