@@ -10,14 +10,14 @@ from .errors import CheckpointError, listed
 from .hyperparameters import Hyperparameter
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
-PARTS = ("raw", "groups", "counters", "outer", "safeguards", "outer_loss")
+PARTS = ("steps", "raw", "groups", "position", "overhead", "rule", "safeguards", "outer_loss")
 
 
 def check_checkpoint(
     state_dict: Any,
     optimizer: torch.optim.Optimizer,
     hyperparameters: Mapping[str, Hyperparameter],
-    outer: torch.optim.Optimizer | None,
+    rule: torch.optim.Optimizer | None,
 ) -> None:
     """Raise `CheckpointError` unless groups, buffers, hyperparameters and outer rule fit."""
     if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
@@ -42,8 +42,8 @@ def check_checkpoint(
     if own is not None:
         _check_parts(own)
         _check_hyperparameters(own["raw"], hyperparameters)
-        if outer is not None and own["outer"] is not None:
-            _check_outer(own["outer"], outer)
+        if rule is not None:
+            _check_rule(own["rule"], rule)
 
 
 def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
@@ -64,9 +64,9 @@ def _check_parts(own: Mapping[str, Any]) -> None:
         )
 
 
-def _check_outer(saved: Mapping[str, Any], outer: torch.optim.Optimizer) -> None:
+def _check_rule(saved: Mapping[str, Any], rule: torch.optim.Optimizer) -> None:
     settings, live = (
-        set().union(*groups) - {"params"} for groups in (saved["param_groups"], outer.param_groups)
+        set().union(*groups) - {"params"} for groups in (saved["param_groups"], rule.param_groups)
     )
     if settings != live:
         raise CheckpointError(

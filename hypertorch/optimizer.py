@@ -1,12 +1,10 @@
 """HyperOptimizer: a torch optimizer that learns its own λ while the weights train.
 
-The only file in which the pieces meet: Φ, an engine, the outer rule, the safeguards, the monitor.
+The shell a user holds: what torch expects of an optimizer, and which step is which.
 """
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Mapping
-from copy import deepcopy
 from typing import Any
 
 import torch
@@ -14,22 +12,20 @@ from torch import Tensor, nn
 
 from . import arguments
 from .checkpoint import check_checkpoint
-from .double_backward import TwiceDifferentiable
 from .dynamics import check_options, dynamics_of
 from .errors import HypertorchWarning, WindowError
-from .hypergradients import Engine, Unroll, Window
-from .hyperparameters import Hyperparameter, Setting
+from .hypergradients import Engine, Unroll
+from .hyperparameters import Hyperparameter
 from .monitor import Monitor
 from .outer import GatedSign, OuterFactory
-from .param_groups import LearnedGroups
+from .outer_loop import OuterLoop, OuterLoss
 from .safeguards import Diverged, Safeguards
-from .state import Slots, leaving_no_trace, set_buffers
+from .state import Slots, set_buffers
 
-OuterLoss = Callable[[], Tensor]
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
-_TRANSIENT = ("_slots", "_switches", "_open", "_monitor", "_writer", "step", "_finalizer")
+_TRANSIENT = ("_monitor", "step")
 
 
 class HyperOptimizer(torch.optim.Optimizer):
@@ -116,46 +112,35 @@ class HyperOptimizer(torch.optim.Optimizer):
         safeguards: Safeguards | None = None,
     ) -> None:
         arguments.check_pieces(optimizer, model, outer_loss, outer, engine)
-        self.window, self.update_every = arguments.check_rhythm(
-            window, update_every, steps_per_epoch
-        )
+        rhythm = arguments.check_rhythm(window, update_every, steps_per_epoch)
         self._dynamics = dynamics_of(optimizer)
-        self.optimizer, self.model, self.outer_loss = optimizer, model, outer_loss
-        self._slots = Slots(model, self._params())
+        self.optimizer, self.model = optimizer, model
+        Slots(model, self._params())
         is_learning = outer is not None
         self.hyperparameters = arguments.learned(learn, optimizer, self._dynamics, is_learning)
-        self.engine = engine or Unroll()
-        self._factory = outer
-        self._safeguards = safeguards or Safeguards()
-        self._groups = LearnedGroups(optimizer, self._settings() if is_learning else {})
-        self._steps, self._position, self.cost = 0, 0, 0.0
-        self._window_losses: list[Tensor] = []
-        self.hypergradients: dict[str, Tensor] | None = None
-        self.outer_loss_value: Tensor | None = None
-        self._warned_plain = False
-        self._writer = writer
-        self._begin()
-
-    def _begin(self) -> None:
-        """Do the part of the initialisation that touches live objects."""
         arguments.place(self.hyperparameters.values(), self._params()[0])
-        if self.is_learning:
-            self._groups.start()
-        self._outer = self._new_outer()
+        self._steps = 0
+        self._warned_plain = False
+        self._loop: OuterLoop | None = None
+        if outer is not None and outer_loss is not None:
+            self._loop = OuterLoop(
+                model,
+                optimizer,
+                outer_loss,
+                self.hyperparameters,
+                engine or Unroll(),
+                outer,
+                safeguards or Safeguards(),
+                rhythm,
+            )
         self._attach()
+        self._monitor = self._new_monitor(writer)
 
     def _attach(self) -> None:
         """Become a torch Optimizer around the wrapped one; also after a copy or unpickling."""
         super().__setstate__({})
         for hooks in [name for name in vars(self.optimizer) if name.endswith("_hooks")]:
             setattr(self, hooks, getattr(self.optimizer, hooks))
-        self._slots = Slots(self.model, self._params())
-        self._switches = TwiceDifferentiable(self.model)
-        self._open: list[Window] = []
-        self._finalizer = weakref.finalize(self, _leave, self._open, self._switches)
-        self._finalizer.atexit = False
-        self._monitor = self._new_monitor()
-        self._get_ready()
 
     # What torch expects of an optimizer, forwarded to the wrapped one.
 
@@ -186,21 +171,30 @@ class HyperOptimizer(torch.optim.Optimizer):
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
 
+    # What was learned.
+
     @property
-    def is_learning(self) -> bool:
-        """Whether outer updates are made at all."""
-        return self._factory is not None
+    def hypergradients(self) -> dict[str, Tensor] | None:
+        """dE/dλ of the latest outer update by name, in λ's units and shape; `None` before."""
+        return self._loop.hypergradients if self._loop else None
+
+    @property
+    def outer_loss_value(self) -> Tensor | None:
+        """E of the latest outer update; `None` before."""
+        return self._loop.outer_loss_value if self._loop else None
 
     @property
     def rollbacks(self) -> int:
         """How often the safeguards rolled back."""
-        return self._safeguards.rollbacks
+        return self._loop.safeguards.rollbacks if self._loop else 0
+
+    @property
+    def cost(self) -> float:
+        """What the run has cost so far, in plain training steps."""
+        return self._steps + (self._loop.overhead if self._loop else 0.0)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
-
-    def _settings(self) -> dict[str, Setting]:
-        return {n: h for n, h in self.hyperparameters.items() if isinstance(h, Setting)}
 
     # One training step.
 
@@ -227,36 +221,46 @@ class HyperOptimizer(torch.optim.Optimizer):
             loss, has_gradients = self._evaluate(loss)
         if not has_gradients:
             arguments.check_loss(loss, "The inner loss")
-        try:
-            self._advance(loss, has_gradients)
-        except Diverged as reason:
-            self._roll_back(reason)
-        self._get_ready()
+        if self._loop is None:
+            self._plain_step(loss, has_gradients)
+            self._steps += 1
+        else:
+            self._learning_step(self._loop, loss, has_gradients)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
         """Return the closure's loss and whether the closure has called backward itself."""
-        self.zero_grad()
-        with torch.enable_grad():
-            loss = closure()
-        return loss, any(p.grad is not None for p in self._params())
+        seen: list[Tensor] = []
+        trainable = [p for p in self._params() if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(seen.append) for p in trainable]
+        try:
+            with torch.enable_grad():
+                loss = closure()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return loss, bool(seen)
 
-    def _advance(self, loss: Any, has_gradients: bool) -> None:
-        if self.is_learning and not self._safeguards.has_snapshot:
-            self._remember()
-        if not (self.is_learning and self._position < self.window):
-            self._plain_step(loss, has_gradients)
-        elif has_gradients:
-            self._step_without_loss(loss)
-            return
-        elif self._open and self._open[0].was_written_to:
-            self._step_out_of_window(loss)
-        else:
-            self._window_step(loss)
-        self._steps += 1
-        self._position = (self._position + 1) % self.update_every
-        if self._open and self._position == self.window % self.update_every:
-            self._update()
+    def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
+        loop.remember_start()
+        try:
+            if loop.is_window_due and has_gradients:
+                self._refuse_or_warn(loop)
+                self._plain_step(loss, has_gradients)
+                self._steps += 1
+                return
+            if not loop.is_window_due:
+                self._plain_step(loss, has_gradients)
+            elif loop.gradients_outside(loss):
+                self._plain_step(loss, has_gradients=True)
+            else:
+                loop.window_step(loss)
+            self._steps += 1
+            if loop.advance():
+                self._record(loop)
+        except Diverged as reason:
+            loop.roll_back(reason)
+        loop.get_ready()
 
     def _plain_step(self, loss: Any, has_gradients: bool) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
@@ -264,14 +268,16 @@ class HyperOptimizer(torch.optim.Optimizer):
             self.zero_grad()
             loss.backward()
         grads = self._gradients()
-        if self.is_learning and isinstance(loss, Tensor):
-            self._safeguards.watch(loss, grads)
-        if self._groups.are_scalar:
-            with self._groups.effective():
+        if self._loop is None:
+            _unhooked_step(self.optimizer)
+            return
+        if isinstance(loss, Tensor):
+            self._loop.safeguards.watch(loss, grads)
+        if self._loop.groups.are_scalar:
+            with self._loop.groups.effective():
                 _unhooked_step(self.optimizer)
         else:
-            self._step_by_dynamics()
-        self.cost += 1
+            self._step_by_dynamics(self._loop.groups.overrides())
 
     def _gradients(self) -> list[Tensor | None]:
         """Return the gradients to step along, of which there must be one."""
@@ -284,9 +290,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         return grads
 
     @torch.no_grad()
-    def _step_by_dynamics(self) -> None:
+    def _step_by_dynamics(self, overrides: Mapping[str, list[Any]]) -> None:
         """Step by Φ itself: torch's optimizers have no setting per tensor or element."""
-        overrides = self._groups.overrides()
         new = []
         for g, group in enumerate(self.param_groups):
             group = {**group, **{name: by_group[g] for name, by_group in overrides.items()}}
@@ -299,11 +304,11 @@ class HyperOptimizer(torch.optim.Optimizer):
             new.append(states)
         set_buffers(self.optimizer, new)
 
-    def _step_without_loss(self, loss: Any) -> None:
-        """Take the plain step that was asked for where a window is due or open."""
-        if self._open:
+    def _refuse_or_warn(self, loop: OuterLoop) -> None:
+        """Say what a step without a loss means where a window is open or due."""
+        if loop.is_window_open:
             raise WindowError(
-                f"A window of {self.window} steps is open, and `step()` got no loss to "
+                f"A window of {loop.window} steps is open, and `step()` got no loss to "
                 "differentiate. Pass it, `step(loss)`, without calling backward; or switch "
                 "learning off with `outer=None`."
             )
@@ -311,94 +316,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         if not self._warned_plain:
             self._warned_plain = True
             warnings.warn(
-                f"`step()` without a loss is a plain step, from which {self.engine!r} learns "
+                f"`step()` without a loss is a plain step, from which {loop.engine!r} learns "
                 "nothing. Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`.",
                 HypertorchWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
-        self._plain_step(loss, has_gradients=True)
-        self._steps += 1
-
-    # The window.
-
-    def _window_step(self, loss: Tensor) -> None:
-        if not self._open:
-            self._safeguards.settle()
-            self._remember()
-        window = self._open[0] if self._open else self.engine.open(self.optimizer, self._slots)
-        window.step(
-            loss, self._groups.overrides(), lambda grads: self._safeguards.watch(loss, grads)
-        )
-        self._open[:] = [window]
-        self._window_losses.append(loss.detach())
-
-    def _step_out_of_window(self, loss: Tensor) -> None:
-        """Go on from weights that somebody wrote to: cut the window, and step plainly."""
-        fast = self._open[0].params
-        grads = torch.autograd.grad(loss, fast, allow_unused=True)
-        self.close()
-        for param, grad in zip(self._params(), grads, strict=True):
-            param.grad = grad
-        self._plain_step(loss, has_gradients=True)
-
-    def _update(self) -> None:
-        """Differentiate the outer loss through the window, close it, and move ρ."""
-        horizon = len(self._window_losses)
-        try:
-            outer_loss, hypergradients = self._hypergradients()
-            self._safeguards.settle()
-            self._safeguards.judge_update(outer_loss, hypergradients)
-        except Diverged:
-            raise
-        except BaseException:
-            self.close()
-            raise
-        self.close()
-        through_loss = len(self._settings()) < len(self.hyperparameters)
-        self.cost += self.engine.cost(horizon, through_loss)
-        self.hypergradients, self.outer_loss_value = hypergradients, outer_loss.detach()
-        self._move(hypergradients)
-        self._record()
-        self._window_losses.clear()
-
-    def _hypergradients(self) -> tuple[Tensor, dict[str, Tensor]]:
-        assert self.outer_loss is not None
-        with leaving_no_trace(self.model), torch.enable_grad():
-            outer_loss = self.outer_loss()
-            arguments.check_loss(outer_loss, "The outer loss")
-            return outer_loss, self._open[0].hypergradient(outer_loss, self.hyperparameters)
-
-    def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
-        """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
-        for name, h in self.hyperparameters.items():
-            h.raw.grad = h.pull_back(hypergradients[name])
-        assert self._outer is not None
-        self._outer.step()
-        for h in self.hyperparameters.values():
-            h.raw.grad = None
-            h.clamp_()
-            h.refresh()
-        self._groups.publish()
-
-    def _roll_back(self, reason: Diverged) -> None:
-        self._slots.fill(self._slots.params)
-        self._open.clear()
-        self._window_losses.clear()
-        self._position = 0
-        self._safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
-        self._outer = self._new_outer()
-        self._groups.publish()
-        self._safeguards.forget()
-
-    def _remember(self) -> None:
-        self._safeguards.remember(self.model, self.optimizer, self.hyperparameters)
-
-    def _get_ready(self) -> None:
-        """Hold torch's switches if the next step belongs to a window, else let them go."""
-        if self.is_learning and self._position < self.window:
-            self._switches.hold()
-        else:
-            self._switches.release()
 
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, without an outer update.
@@ -407,42 +329,35 @@ class HyperOptimizer(torch.optim.Optimizer):
         itself; call it when training ends. The next `step` goes on, and what is left of the window
         is differentiated from there.
         """
-        for window in self._open:
-            window.close()
-        self._open.clear()
-        self._switches.release()
+        if self._loop:
+            self._loop.close()
 
-    # The outer rule and the monitor.
+    # The monitor.
 
-    def _new_outer(self) -> torch.optim.Optimizer | None:
-        if self._factory is None:
-            return None
-        return self._factory([h.raw for h in self.hyperparameters.values()])
-
-    def _new_monitor(self) -> Monitor | None:
-        if self._writer is None:
+    def _new_monitor(self, writer: Any) -> Monitor | None:
+        if writer is None or self._loop is None:
             return None
         start = {f"initial {n}": h().mean().item() for n, h in self.hyperparameters.items()}
         choices = {
             "optimizer": type(self.optimizer).__name__,
-            "engine": repr(self.engine),
-            "outer": type(self._outer).__name__ if self._outer else "none",
-            "window": self.window,
-            "update_every": self.update_every,
+            "engine": repr(self._loop.engine),
+            "outer": type(self._loop.rule).__name__,
+            "window": self._loop.window,
+            "update_every": self._loop.update_every,
         }
-        return Monitor(self._writer, {**choices, **start}, list(self.hyperparameters))
+        return Monitor(writer, {**choices, **start}, list(self.hyperparameters))
 
-    def _record(self) -> None:
-        if self._monitor is None:
+    def _record(self, loop: OuterLoop) -> None:
+        if self._monitor is None or loop.hypergradients is None:
             return
-        assert self.hypergradients is not None and self.outer_loss_value is not None
+        assert loop.inner_loss_value is not None and loop.outer_loss_value is not None
         self._monitor.record(
             self._steps,
             {name: h() for name, h in self.hyperparameters.items()},
-            self.hypergradients,
+            loop.hypergradients,
             {
-                "loss/inner": torch.stack(self._window_losses).mean(),
-                "loss/outer": self.outer_loss_value,
+                "loss/inner": loop.inner_loss_value,
+                "loss/outer": loop.outer_loss_value,
                 "safeguards/rollbacks": float(self.rollbacks),
                 "cost/plain_steps": self.cost,
                 "cost/ratio": self.cost / self._steps,
@@ -461,15 +376,11 @@ class HyperOptimizer(torch.optim.Optimizer):
         Slots(self.model, params)
         new = {**self.defaults, **param_group, "params": params}
         check_options(type(self.optimizer).__name__, new)
-        additions = self._groups.additions(new)
+        additions = self._loop.groups.additions(new) if self._loop else {}
         self.close()
         self.optimizer.add_param_group(param_group)
-        self._slots = Slots(self.model, self._params())
-        self._groups.add_group(additions)
-        arguments.place(self.hyperparameters.values(), self._params()[0])
-        self._safeguards.forget()
-        self._outer = self._new_outer()
-        self._get_ready()
+        if self._loop:
+            self._loop.add_group(additions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of weights' optimizer and of everything learned.
@@ -479,27 +390,14 @@ class HyperOptimizer(torch.optim.Optimizer):
         there: the steps before count as constants, the outer update comes at its time, and the
         run that goes on and the run that is resumed do the same from then on.
         """
-        self._safeguards.settle()
-        self.close()
-        self._get_ready()
-        self._window_losses.clear()
-        self._safeguards.forget()
+        if self._loop is None:
+            return self.optimizer.state_dict()
+        self._loop.cut()
         state: dict[str, Any] = self.optimizer.state_dict()
-        groups = zip(state["param_groups"], self._groups.effective_lr(), strict=True)
+        groups = zip(state["param_groups"], self._loop.groups.effective_lr(), strict=True)
         state["param_groups"] = [{**group, "lr": lr} for group, lr in groups]
-        state["hypertorch"] = self._own_state()
+        state["hypertorch"] = {"steps": self._steps, **self._loop.state_dict()}
         return state
-
-    def _own_state(self) -> dict[str, Any]:
-        outer_state = getattr(self.outer_loss, "state_dict", None)
-        return {
-            "raw": {n: h.raw.detach().clone() for n, h in self.hyperparameters.items()},
-            "groups": self._groups.state_dict(),
-            "counters": (self._steps, self._position, self.cost),
-            "outer": deepcopy(self._outer.state_dict()) if self._outer else None,
-            "safeguards": self._safeguards.state_dict(),
-            "outer_loss": outer_state() if outer_state else None,
-        }
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -508,50 +406,32 @@ class HyperOptimizer(torch.optim.Optimizer):
         Raises:
             CheckpointError: it does not fit this optimizer, which is left untouched.
         """
-        check_checkpoint(state_dict, self.optimizer, self.hyperparameters, self._outer)
-        own = state_dict.get("hypertorch")
+        rule = self._loop.rule if self._loop else None
+        check_checkpoint(state_dict, self.optimizer, self.hyperparameters, rule)
         self.close()
-        self.optimizer.load_state_dict({k: state_dict[k] for k in ("state", "param_groups")})
-        if own is None or not self.is_learning:
-            self._start_afresh()
-        else:
-            self._load_own_state(own)
-        self._get_ready()
-
-    def _start_afresh(self) -> None:
-        self._groups.restart()
-        self._outer = self._new_outer()
-        self._position = 0
-        self._safeguards.forget()
-
-    def _load_own_state(self, own: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for name, h in self.hyperparameters.items():
-                h.raw.copy_(own["raw"][name])
-                h.refresh()
-        self._groups.load_state_dict(own["groups"])
-        self._steps, self._position, self.cost = own["counters"]
-        if self._outer is not None and own["outer"] is not None:
-            self._outer.load_state_dict(own["outer"])
-        self._safeguards.load_state_dict(own["safeguards"])
-        load_outer = getattr(self.outer_loss, "load_state_dict", None)
-        if load_outer and own["outer_loss"] is not None:
-            load_outer(own["outer_loss"])
+        own = state_dict.get("hypertorch")
+        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "hypertorch"})
+        self._steps = own["steps"] if own else 0
+        if self._loop is not None:
+            if own:
+                self._loop.load_state_dict(own)
+            else:
+                self._loop.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.close()
-        self._get_ready()
         kept = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
         return {k: v for k, v in kept.items() if not k.endswith("_hooks")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._writer = None
+        self._monitor = None
         self._attach()
 
     def __repr__(self) -> str:
         learned = ", ".join(repr(h) for h in self.hyperparameters.values()) or "nothing"
-        rhythm = f"window={self.window}, update_every={self.update_every}"
+        if self._loop is None:
+            return f"HyperOptimizer (learning is off)\n{self.optimizer!r}"
+        rhythm = f"window={self._loop.window}, update_every={self._loop.update_every}"
         return f"HyperOptimizer ({rhythm}, learned: {learned})\n{self.optimizer!r}"
 
 
@@ -559,10 +439,3 @@ def _unhooked_step(optimizer: torch.optim.Optimizer) -> None:
     """Call the wrapped step without its hooks: the wrapper's own step has run them."""
     optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
     getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(optimizer)
-
-
-def _leave(windows: list[Window], switches: TwiceDifferentiable) -> None:
-    """Hand everything back when a HyperOptimizer goes out of use."""
-    for window in windows:
-        window.close()
-    switches.release()

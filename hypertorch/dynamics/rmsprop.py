@@ -1,6 +1,7 @@
 """Φ of RMSprop: v_t = α v_{t-1} + (1 − α) g_t², b_t = μ b_{t-1} + g_t / (√v_t + ε).
 
-w_t = w_{t-1} − η b_t, with b_t = g_t / (√v_t + ε) alone where there is no momentum μ. Centred, v_t is replaced by the variance v_t − ḡ_t² with ḡ_t the running mean of g.
+w_t = w_{t-1} − η b_t; b_t = g_t / (√v_t + ε) alone where there is no momentum μ. Centred, v_t is
+replaced by the variance v_t − ḡ_t², with ḡ_t the running mean of g.
 """
 
 import torch

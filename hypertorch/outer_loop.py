@@ -1,0 +1,276 @@
+"""The outer loop: windows opened, differentiated and closed, ρ moved, divergence rolled back.
+
+Every `update_every` training steps the first `window` of them are differentiated together; at their
+end dE/dλ moves ρ, and λ = c(ρ) goes on training the weights.
+"""
+
+import weakref
+from collections.abc import Callable, Mapping
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .arguments import check_loss, place
+from .double_backward import TwiceDifferentiable
+from .hypergradients import Engine, Window
+from .hyperparameters import Hyperparameter, Setting
+from .outer import OuterFactory
+from .param_groups import LearnedGroups
+from .safeguards import Diverged, Safeguards
+from .state import Slots, leaving_no_trace
+
+OuterLoss = Callable[[], Tensor]
+
+#: What belongs to the process and not to the object, and is left out of copies and pickles.
+_TRANSIENT = ("_slots", "_switches", "_open", "_finalizer")
+
+
+class OuterLoop:
+    """The learning side of a HyperOptimizer.
+
+    Args:
+        model: the live model.
+        optimizer: the bare optimizer.
+        outer_loss: E.
+        hyperparameters: what is learned, by name.
+        engine: how dE/dλ is computed.
+        factory: builds the rule that moves ρ.
+        safeguards: when to roll back.
+        rhythm: the window's length and the steps between outer updates.
+
+    Attributes:
+        groups: the live param groups and what is learned in them.
+        position: how many steps of the present period have been made.
+        overhead: what windows and outer losses have cost so far beyond the training steps
+            themselves, in plain training steps.
+        hypergradients, outer_loss_value, inner_loss_value: dE/dλ by name, E, and the mean inner
+            loss of the window, at the latest outer update; `None` before.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        outer_loss: OuterLoss,
+        hyperparameters: Mapping[str, Hyperparameter],
+        engine: Engine,
+        factory: OuterFactory,
+        safeguards: Safeguards,
+        rhythm: tuple[int, int],
+    ) -> None:
+        self.model, self.optimizer, self.outer_loss = model, optimizer, outer_loss
+        self.hyperparameters = dict(hyperparameters)
+        self.engine, self.safeguards = engine, safeguards
+        self.window, self.update_every = rhythm
+        self._factory = factory
+        settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
+        self.groups = LearnedGroups(optimizer, settings)
+        self.position, self.overhead = 0, 0.0
+        self._losses: list[Tensor] = []
+        self.hypergradients: dict[str, Tensor] | None = None
+        self.outer_loss_value: Tensor | None = None
+        self.inner_loss_value: Tensor | None = None
+        self.groups.start()
+        self.rule = self._new_rule()
+        self._attach()
+
+    def _attach(self) -> None:
+        self._slots = Slots(self.model, self._params())
+        self._switches = TwiceDifferentiable(self.model)
+        self._open: list[Window] = []
+        self._finalizer = weakref.finalize(self, _leave, self._open, self._switches)
+        self._finalizer.atexit = False
+        self.get_ready()
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _new_rule(self) -> torch.optim.Optimizer:
+        return self._factory([h.raw for h in self.hyperparameters.values()])
+
+    @property
+    def is_window_due(self) -> bool:
+        """Whether the next step belongs to a window."""
+        return self.position < self.window
+
+    @property
+    def is_window_open(self) -> bool:
+        """Whether the model holds the fast weights of a window."""
+        return bool(self._open)
+
+    def get_ready(self) -> None:
+        """Hold torch's switches if the next step belongs to a window, else let them go."""
+        if self.is_window_due:
+            self._switches.hold()
+        else:
+            self._switches.release()
+
+    def remember_start(self) -> None:
+        """See that there is a state to roll back to."""
+        if not self.safeguards.has_snapshot:
+            self._remember()
+
+    def _remember(self) -> None:
+        self.safeguards.remember(self.model, self.optimizer, self.hyperparameters)
+
+    def window_step(self, loss: Tensor) -> None:
+        """Make the step s_t = Φ_t(s_{t-1}, λ) as part of a window.
+
+        Raises:
+            Diverged: the loss or its gradient must not reach the weights.
+        """
+        if not self._open:
+            self.safeguards.settle()
+            self._remember()
+        window = self._open[0] if self._open else self.engine.open(self.optimizer, self._slots)
+        window.step(loss, self.groups.overrides(), lambda grads: self.safeguards.watch(loss, grads))
+        self._open[:] = [window]
+        self._losses.append(loss.detach())
+
+    def gradients_outside(self, loss: Tensor) -> bool:
+        """Cut an open window whose weights somebody wrote to; leave ∇loss in `.grad` instead.
+
+        Returns:
+            Whether that was so: the step is then a plain one.
+        """
+        if not (self._open and self._open[0].was_written_to):
+            return False
+        grads = torch.autograd.grad(loss, self._open[0].params, allow_unused=True)
+        self.close()
+        for param, grad in zip(self._params(), grads, strict=True):
+            param.grad = grad
+        return True
+
+    def advance(self) -> bool:
+        """Count one training step; return whether an outer update was made after it.
+
+        Raises:
+            Diverged: the outer loss or a hypergradient is unusable.
+        """
+        self.position = (self.position + 1) % self.update_every
+        if not (self._open and self.position == self.window % self.update_every):
+            return False
+        self._update()
+        return True
+
+    def _update(self) -> None:
+        """Differentiate the outer loss through the window, close it, and move ρ."""
+        try:
+            outer_loss, hypergradients = self._differentiate()
+            self.safeguards.settle()
+            self.safeguards.judge_update(outer_loss, hypergradients)
+        except Diverged:
+            raise
+        except BaseException:
+            self.close()
+            raise
+        losses = self._losses
+        self.close()
+        through_loss = len(self.groups.settings) < len(self.hyperparameters)
+        self.overhead += self.engine.cost(len(losses), through_loss) - len(losses)
+        self.hypergradients, self.outer_loss_value = hypergradients, outer_loss.detach()
+        self.inner_loss_value = torch.stack(losses).mean()
+        self._move(hypergradients)
+
+    def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
+        with leaving_no_trace(self.model), torch.enable_grad():
+            outer_loss = self.outer_loss()
+            check_loss(outer_loss, "The outer loss")
+            return outer_loss, self._open[0].hypergradient(outer_loss, self.hyperparameters)
+
+    def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
+        """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
+        for name, h in self.hyperparameters.items():
+            h.raw.grad = h.pull_back(hypergradients[name])
+        self.rule.step()
+        for h in self.hyperparameters.values():
+            h.raw.grad = None
+            h.clamp_()
+            h.refresh()
+        self.groups.publish()
+
+    def roll_back(self, reason: Diverged) -> None:
+        """Return to the state the last window started from, with a lower η."""
+        self._slots.fill(self._slots.params)
+        self._open.clear()
+        self._losses = []
+        self.position = 0
+        self.safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
+        self.rule = self._new_rule()
+        self.groups.publish()
+        self.safeguards.forget()
+
+    def close(self) -> None:
+        """Hand an open window back to the live model and optimizer, and release the switches."""
+        for window in self._open:
+            window.close()
+        self._open.clear()
+        self._losses = []
+        self._switches.release()
+
+    def cut(self) -> None:
+        """Make the present state a start: what came before it no longer matters."""
+        self.safeguards.settle()
+        self.close()
+        self.safeguards.forget()
+        self.get_ready()
+
+    def add_group(self, additions: Mapping[str, Setting]) -> None:
+        """Take in the param group that was added last; the outer rule starts afresh."""
+        self._slots = Slots(self.model, self._params())
+        self.groups.add_group(additions)
+        place(self.hyperparameters.values(), self._params()[0])
+        self.rule = self._new_rule()
+        self.cut()
+
+    def restart(self) -> None:
+        """Learn on from the numbers that the param groups hold."""
+        self.groups.restart()
+        self.rule = self._new_rule()
+        self.position = 0
+        self.cut()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return ρ, the outer rule's state, the safeguards' and the outer loss's."""
+        outer_state = getattr(self.outer_loss, "state_dict", None)
+        return {
+            "raw": {name: h.raw.detach().clone() for name, h in self.hyperparameters.items()},
+            "groups": self.groups.state_dict(),
+            "position": self.position,
+            "overhead": self.overhead,
+            "rule": deepcopy(self.rule.state_dict()),
+            "safeguards": self.safeguards.state_dict(),
+            "outer_loss": outer_state() if outer_state else None,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on where `state_dict` was taken; the weights' optimizer is loaded before."""
+        with torch.no_grad():
+            for name, h in self.hyperparameters.items():
+                h.raw.copy_(state["raw"][name])
+                h.refresh()
+        self.groups.load_state_dict(state["groups"])
+        self.position, self.overhead = state["position"], state["overhead"]
+        self.rule.load_state_dict(state["rule"])
+        self.safeguards.load_state_dict(state["safeguards"])
+        load = getattr(self.outer_loss, "load_state_dict", None)
+        if load and state["outer_loss"] is not None:
+            load(state["outer_loss"])
+        self.get_ready()
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.cut()
+        return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._attach()
+
+
+def _leave(windows: list[Window], switches: TwiceDifferentiable) -> None:
+    """Hand everything back when a loop goes out of use."""
+    for window in windows:
+        window.close()
+    switches.release()
