@@ -21,14 +21,12 @@ from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop, OuterLoss
 from .safeguards import Diverged, Safeguards
 from .state import Slots, set_buffers
+from .wrapper import OptimizerWrapper
 
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
 
-#: What belongs to the process and not to the object, and is left out of copies and pickles.
-_TRANSIENT = ("_monitor", "step")
 
-
-class HyperOptimizer(torch.optim.Optimizer):
+class HyperOptimizer(OptimizerWrapper):
     r"""Wraps a torch optimizer and learns its settings on an outer loss while it trains.
 
     Every `update_every` steps, the first `window` of them are differentiated together,
@@ -96,6 +94,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         Franceschi et al. 2017, section 3; truncated windows as in Shaban et al. 2019.
     """
 
+    _transient = ("step", "_monitor")
+
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
@@ -114,7 +114,8 @@ class HyperOptimizer(torch.optim.Optimizer):
         arguments.check_pieces(optimizer, model, outer_loss, outer, engine)
         rhythm = arguments.check_rhythm(window, update_every, steps_per_epoch)
         self._dynamics = dynamics_of(optimizer)
-        self.optimizer, self.model = optimizer, model
+        super().__init__(optimizer)
+        self.model, self.outer_loss = model, outer_loss
         Slots(model, self._params())
         is_learning = outer is not None
         self.hyperparameters = arguments.learned(learn, optimizer, self._dynamics, is_learning)
@@ -133,43 +134,7 @@ class HyperOptimizer(torch.optim.Optimizer):
                 safeguards or Safeguards(),
                 rhythm,
             )
-        self._attach()
         self._monitor = self._new_monitor(writer)
-
-    def _attach(self) -> None:
-        """Become a torch Optimizer around the wrapped one; also after a copy or unpickling."""
-        super().__setstate__({})
-        for hooks in [name for name in vars(self.optimizer) if name.endswith("_hooks")]:
-            setattr(self, hooks, getattr(self.optimizer, hooks))
-
-    # What torch expects of an optimizer, forwarded to the wrapped one.
-
-    @property
-    def state(self) -> Any:
-        """The wrapped optimizer's buffers, as of the start of an open window."""
-        return self.optimizer.state
-
-    @state.setter
-    def state(self, value: Any) -> None:
-        self.optimizer.state = value
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """The wrapped optimizer's param groups, with the live parameters."""
-        return self.optimizer.param_groups
-
-    @param_groups.setter
-    def param_groups(self, value: list[dict[str, Any]]) -> None:
-        self.optimizer.param_groups = value
-
-    @property
-    def defaults(self) -> dict[str, Any]:
-        """The wrapped optimizer's defaults."""
-        return self.optimizer.defaults
-
-    @defaults.setter
-    def defaults(self, value: dict[str, Any]) -> None:
-        self.optimizer.defaults = value
 
     # What was learned.
 
@@ -192,9 +157,6 @@ class HyperOptimizer(torch.optim.Optimizer):
     def cost(self) -> float:
         """What the run has cost so far, in plain training steps."""
         return self._steps + (self._loop.overhead if self._loop else 0.0)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     # One training step.
 
@@ -269,13 +231,13 @@ class HyperOptimizer(torch.optim.Optimizer):
             loss.backward()
         grads = self._gradients()
         if self._loop is None:
-            _unhooked_step(self.optimizer)
+            self._wrapped_step()
             return
         if isinstance(loss, Tensor):
             self._loop.safeguards.watch(loss, grads)
         if self._loop.groups.are_scalar:
             with self._loop.groups.effective():
-                _unhooked_step(self.optimizer)
+                self._wrapped_step()
         else:
             self._step_by_dynamics(self._loop.groups.overrides())
 
@@ -419,13 +381,9 @@ class HyperOptimizer(torch.optim.Optimizer):
                 self._loop.restart()
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
-        return {k: v for k, v in kept.items() if not k.endswith("_hooks")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._monitor = None
-        self._attach()
+        if self._loop:
+            self._loop.cut()
+        return super().__getstate__()
 
     def __repr__(self) -> str:
         learned = ", ".join(repr(h) for h in self.hyperparameters.values()) or "nothing"
@@ -433,9 +391,3 @@ class HyperOptimizer(torch.optim.Optimizer):
             return f"HyperOptimizer (learning is off)\n{self.optimizer!r}"
         rhythm = f"window={self._loop.window}, update_every={self._loop.update_every}"
         return f"HyperOptimizer ({rhythm}, learned: {learned})\n{self.optimizer!r}"
-
-
-def _unhooked_step(optimizer: torch.optim.Optimizer) -> None:
-    """Call the wrapped step without its hooks: the wrapper's own step has run them."""
-    optimizer._opt_called = True  # type: ignore[attr-defined]  # what a scheduler looks for
-    getattr(type(optimizer).step, "__wrapped__", type(optimizer).step)(optimizer)

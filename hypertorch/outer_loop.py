@@ -261,7 +261,6 @@ class OuterLoop:
         self.get_ready()
 
     def __getstate__(self) -> dict[str, Any]:
-        self.cut()
         return {k: v for k, v in self.__dict__.items() if k not in _TRANSIENT}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

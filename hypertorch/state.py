@@ -22,26 +22,35 @@ _HOST_BUFFERS = ("step", "mu_product")
 class FastParameter(torch.Tensor):
     """A differentiable weight w_t in a parameter's place: in a graph, yet taken for a Parameter.
 
-    Copies and pickles of a model that holds one get an ordinary Parameter with its present value.
+    A copy or pickle of a model that holds one gets, in its place, a copy of the live Parameter it
+    stands for, with the present value; an optimizer copied along refers to the same one.
     """
 
     _is_param = True
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    def as_parameter(self) -> nn.Parameter:
-        """Return an independent leaf with this value."""
-        return nn.Parameter(self.detach().clone().as_subclass(torch.Tensor))
+    live: Tensor
 
     @property
     def grad(self) -> None:  # type: ignore[override]
         """None: the gradient of a fast weight never accumulates."""
         return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        return memo.setdefault(id(self), self.as_parameter())
+    def _value(self) -> Tensor:
+        return self.detach().clone().as_subclass(torch.Tensor)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if id(self) not in memo:
+            memo[id(self)] = memo[id(self.live)] = nn.Parameter(self._value())
+        return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return self.as_parameter().__reduce_ex__(protocol)
+        return _with_value, (self.live, self._value())
+
+
+def _with_value(param: Tensor, value: Tensor) -> Tensor:
+    """Return an unpickled parameter, brought to the value of the fast weight in its place."""
+    param.data = value
+    return param
 
 
 class Slots:
@@ -73,9 +82,7 @@ class Slots:
 
     def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Put `tensors` into the model; return them as it now holds them."""
-        held: list[Tensor] = [
-            t if isinstance(t, nn.Parameter) else t.as_subclass(FastParameter) for t in tensors
-        ]
+        held = [t if t is p else _fast(t, p) for t, p in zip(tensors, self.params, strict=True)]
         for tensor, slots in zip(held, self._places, strict=True):
             for module, name in slots:
                 module._parameters[name] = tensor  # type: ignore[assignment]
@@ -88,6 +95,12 @@ class Slots:
                 if tensor is not param:
                     param.copy_(tensor)
         self.fill(self.params)
+
+
+def _fast(tensor: Tensor, live: Tensor) -> Tensor:
+    fast = tensor.as_subclass(FastParameter)
+    fast.live = live
+    return fast
 
 
 def set_buffers(

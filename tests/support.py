@@ -164,3 +164,8 @@ def assert_close(actual: Sequence[Tensor], expected: Sequence[Tensor], rtol: flo
         torch.testing.assert_close(
             a, b, rtol=rtol, atol=rtol * scale, msg=lambda m, i=i: f"{i}: {m}"
         )
+
+
+def is_open(model: nn.Module) -> bool:
+    """Whether a window is open: the model then holds fast weights in place of its Parameters."""
+    return any(type(p) is not nn.Parameter for p in model.parameters())

@@ -1,0 +1,75 @@
+"""A torch optimizer around another one: what torch expects of an optimizer, forwarded.
+
+References to `state` and `param_groups` are never shared but looked up, so that `load_state_dict`,
+which replaces them, and pickle and deepcopy keep the two together.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class OptimizerWrapper(torch.optim.Optimizer):
+    """An Optimizer whose groups, state, defaults and hooks are those of `optimizer`.
+
+    Args:
+        optimizer: the wrapped one.
+    """
+
+    #: Attributes that belong to the process, left out of copies and pickles.
+    _transient: tuple[str, ...] = ("step",)
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self._attach()
+
+    def _attach(self) -> None:
+        """Become a torch Optimizer around the wrapped one; also after a copy or unpickling."""
+        super().__setstate__({})
+        for hooks in [name for name in vars(self.optimizer) if name.endswith("_hooks")]:
+            setattr(self, hooks, getattr(self.optimizer, hooks))
+
+    @property
+    def state(self) -> Any:
+        """The wrapped optimizer's buffers, as of the start of an open window."""
+        return self.optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.optimizer.state = value
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The wrapped optimizer's param groups, with the live parameters."""
+        return self.optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.optimizer.param_groups = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The wrapped optimizer's defaults."""
+        return self.optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.optimizer.defaults = value
+
+    def _params(self) -> list[Tensor]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _wrapped_step(self) -> None:
+        """Call the wrapped step without its hooks: the wrapper's own step has run them."""
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it
+        step = type(self.optimizer).step
+        getattr(step, "__wrapped__", step)(self.optimizer)
+
+    def __getstate__(self) -> dict[str, Any]:
+        kept = {k: v for k, v in self.__dict__.items() if k not in self._transient}
+        return {k: v for k, v in kept.items() if not k.endswith("_hooks")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(dict.fromkeys(self._transient[1:]), **state)
+        self._attach()

@@ -1,0 +1,110 @@
+"""HyperOptimizer keeps what torch.optim.Optimizer promises, with learning off and with it on."""
+
+import copy
+
+import pytest
+import torch
+from support import (
+    OPTIMIZERS,
+    assert_close,
+    assert_identical,
+    batches,
+    built,
+    everything,
+    is_open,
+    mse,
+    network,
+    train,
+    train_plainly,
+    weights,
+    wrapped,
+)
+
+ALL = pytest.mark.parametrize("name", OPTIMIZERS)
+
+
+def with_closure(model, optimizer, data):
+    for x, y in data:
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = mse(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def with_bare_closure(model, optimizer, data):
+    """Return the loss from the closure and leave backward to the wrapper."""
+    for x, y in data:
+        optimizer.step(lambda x=x, y=y: mse(model(x), y))
+
+
+def with_accumulation(model, optimizer, data):
+    """Add up the gradients of two batches, the second in a closure that does not zero them."""
+    for (x, y), (x2, y2) in zip(data[::2], data[1::2], strict=True):
+        optimizer.zero_grad()
+        mse(model(x), y).backward()
+
+        def closure(x=x2, y=y2):
+            loss = mse(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+LOOPS = {
+    "step(loss)": (train, train_plainly),
+    "backward and step()": (train_plainly, train_plainly),
+    "a closure that calls backward": (with_closure, with_closure),
+    "a closure that returns the loss": (with_bare_closure, train_plainly),
+    "gradients accumulated into a closure": (with_accumulation, with_accumulation),
+}
+
+
+@ALL
+@pytest.mark.parametrize("loop", LOOPS)
+def test_with_learning_off_a_run_is_bit_identical_to_the_bare_optimizer(name, loop):
+    model, twin = network(dropout=0.3), network(dropout=0.3)
+    bare, other = built(name, model), built(name, twin)
+    with_wrapper, without = LOOPS[loop]
+    with_wrapper(model, wrapped(bare, model, outer=None), batches(14))
+    after = everything(model, bare)
+    torch.manual_seed(0)
+    without(twin, other, batches(14))
+    expected = everything(twin, other)
+    for part in ("model", "grads", "state", "groups", "torch", "python", "numpy"):
+        assert_identical(after[part], expected[part], part)
+
+
+def copy_buffers(source, target):
+    """Give one bare optimizer the buffers of another; loading a state dict would convert them."""
+    params = zip(source.param_groups[0]["params"], target.param_groups[0]["params"], strict=True)
+    for ours, theirs in params:
+        target.state[theirs] = copy.deepcopy(source.state[ours])
+
+
+@ALL
+def test_at_a_windows_end_the_weights_are_those_of_plain_training_with_what_was_learned(name):
+    model, twin = network(dropout=0.3), network(dropout=0.3)
+    optimizer, other = wrapped(built(name, model), model), built(name, twin)
+    for cycle in range(4):
+        for key in ("lr", "weight_decay"):
+            other.param_groups[0][key] = optimizer.hyperparameters[key]().item()
+        torch.manual_seed(cycle)
+        train(model, optimizer, batches(3, seed=cycle))
+        assert not is_open(model)
+        random_after = torch.get_rng_state()
+        torch.manual_seed(cycle)
+        train_plainly(twin, other, batches(3, seed=cycle))
+        assert torch.equal(random_after, torch.get_rng_state())
+        assert_close(weights(model), weights(twin), 1e-12)
+        train(model, optimizer, batches(2, seed=50 + cycle))
+        twin.load_state_dict(model.state_dict())
+        copy_buffers(optimizer.optimizer, other)
+    assert any(
+        h().item() != start
+        for h, start in zip(optimizer.hyperparameters.values(), (0.02, 0.01), strict=True)
+    )
