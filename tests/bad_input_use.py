@@ -308,7 +308,8 @@ CHECKPOINTS = [
     rejected(
         "a checkpoint whose learned part was cut off",
         changed(hypertorch=lambda own: {"raw": own["raw"]}),
-        "The checkpoint's `hypertorch` part lacks groups, outer_loss, overhead, position, rule, safeguards, steps. "
+        "The checkpoint's `hypertorch` part lacks groups, outer_loss, overhead, position, rule, "
+        "safeguards, steps. "
         "Pass the whole of what `state_dict()` returned.",
         with_checkpoint,
     ),
