@@ -88,17 +88,38 @@ class UnrolledWindow(Window):
     def hypergradient(
         self, outer_loss: Tensor, hyperparameters: Mapping[str, Hyperparameter]
     ) -> dict[str, Tensor]:
-        """Return dE/dλ; one that E does not depend on is exactly zero."""
+        """Return dE/dλ; one that E does not depend on is exactly zero.
+
+        Raises:
+            WindowError: the graph was written to or freed meanwhile.
+        """
         values = [h.value for h in hyperparameters.values()]
-        gradients = torch.autograd.grad(
-            outer_loss, values, allow_unused=True, materialize_grads=True
-        )
+        try:
+            gradients = torch.autograd.grad(
+                outer_loss, values, allow_unused=True, materialize_grads=True
+            )
+        except RuntimeError as error:
+            if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
+                raise _broken_graph() from error
+            raise
         return dict(zip(hyperparameters, gradients, strict=True))
 
     def close(self) -> None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
         self._slots.hand_back(self.params)
         set_buffers(self._optimizer, self._unrolled.state)
+
+
+#: How torch says that a tensor of the graph was written to, or its graph freed.
+_GRAPH_IS_BROKEN = ("modified by an inplace operation", "backward through the graph a second time")
+
+
+def _broken_graph() -> WindowError:
+    return WindowError(
+        "The window cannot be differentiated: something wrote to a tensor in its graph, or ran "
+        "backward through it. Where its losses use weights that another optimizer trains, wrap that "
+        "one too, with the same `window` and `update_every`."
+    )
 
 
 def _versions(tensors: Iterable[Tensor]) -> list[int]:
