@@ -183,6 +183,7 @@ class HyperOptimizer(OptimizerWrapper):
             loss, has_gradients = self._evaluate(loss)
         if not has_gradients:
             arguments.check_loss(loss, "The inner loss")
+        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
         if self._loop is None:
             self._plain_step(loss, has_gradients)
             self._steps += 1

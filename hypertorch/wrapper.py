@@ -62,7 +62,6 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _wrapped_step(self) -> None:
         """Call the wrapped step without its hooks: the wrapper's own step has run them."""
-        self.optimizer._opt_called = True  # type: ignore[attr-defined]  # schedulers look for it
         step = type(self.optimizer).step
         getattr(step, "__wrapped__", step)(self.optimizer)
 
