@@ -20,7 +20,7 @@ from .monitor import Monitor
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop, OuterLoss
 from .safeguards import Diverged, Safeguards
-from .state import Slots, set_buffers
+from .state import Slots, load_optimizer, set_buffers
 from .wrapper import OptimizerWrapper
 
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
@@ -373,7 +373,8 @@ class HyperOptimizer(OptimizerWrapper):
         check_checkpoint(state_dict, self.optimizer, self.hyperparameters, rule)
         self.close()
         own = state_dict.get("hypertorch")
-        self.optimizer.load_state_dict({k: v for k, v in state_dict.items() if k != "hypertorch"})
+        bare = {k: v for k, v in state_dict.items() if k != "hypertorch"}
+        load_optimizer(self.optimizer, bare)
         self._steps = own["steps"] if own else 0
         if self._loop is not None:
             if own:

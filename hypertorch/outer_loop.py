@@ -19,12 +19,12 @@ from .hyperparameters import Hyperparameter, Setting
 from .outer import OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
-from .state import Slots, leaving_no_trace
+from .state import ModuleBuffers, Slots, leaving_no_trace
 
 OuterLoss = Callable[[], Tensor]
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
-_TRANSIENT = ("_slots", "_switches", "_open", "_finalizer")
+_TRANSIENT = ("_slots", "_switches", "_open", "_finalizer", "_before")
 
 
 class OuterLoop:
@@ -106,6 +106,11 @@ class OuterLoop:
             self._switches.hold()
         else:
             self._switches.release()
+        if not self._open and (self.is_window_due or not self.safeguards.has_snapshot):
+            self._before = self._versions(), ModuleBuffers(self.model)
+
+    def _versions(self) -> list[int]:
+        return [p._version for p in self._params()]
 
     def remember_start(self) -> None:
         """See that there is a state to roll back to."""
@@ -113,7 +118,15 @@ class OuterLoop:
             self._remember()
 
     def _remember(self) -> None:
-        self.safeguards.remember(self.model, self.optimizer, self.hyperparameters)
+        """Remember the state before this step, whose forward pass has been made.
+
+        It may have left NaN in the module buffers: those of `get_ready` count, unless somebody
+        loaded a model since.
+        """
+        versions, buffers = self._before
+        if versions != self._versions():
+            buffers = ModuleBuffers(self.model)
+        self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
     def window_step(self, loss: Tensor) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ) as part of a window.
@@ -200,7 +213,6 @@ class OuterLoop:
         self.safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
         self.rule = self._new_rule()
         self.groups.publish()
-        self.safeguards.forget()
 
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, and release the switches."""

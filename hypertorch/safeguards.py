@@ -9,12 +9,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .constraints import to_raw
 from .errors import DivergenceError
 from .hyperparameters import Hyperparameter
-from .state import Snapshot
+from .state import ModuleBuffers, Snapshot
+
+#: s and the module buffers at one moment, and ρ by name.
+_Remembered = tuple[Snapshot, dict[str, Tensor]]
 
 
 class Diverged(Exception):
@@ -42,33 +45,32 @@ class Safeguards:
         self._first: float | None = None
         self._level = 0.0
         self._pending: list[Tensor] = []
-        self._snapshot: Snapshot | None = None
-        self._raws: dict[str, Tensor] = {}
+        self._good: _Remembered | None = None
+        self._candidate: _Remembered | None = None
 
     @property
     def has_snapshot(self) -> bool:
         """Whether there is a state to return to."""
-        return self._snapshot is not None
+        return self._good is not None
 
     def remember(
         self,
-        model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        module_buffers: ModuleBuffers,
         hyperparameters: Mapping[str, Hyperparameter],
     ) -> None:
-        """Make the present state the one to return to."""
-        self._snapshot = Snapshot(model, optimizer)
-        self._raws = {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
+        """Make the present state the one to return to, once its own loss is seen to be good."""
+        self._candidate = Snapshot(optimizer, module_buffers), _raws(hyperparameters)
+        self._good = self._good or self._candidate
 
     def forget(self) -> None:
         """Drop the state to return to; the next step remembers its own."""
-        self._snapshot = None
+        self._good = self._candidate = None
 
     def watch(self, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
         """Raise `Diverged` if this step must not be made (on an accelerator: must be undone)."""
-        present = [g for g in grads if g is not None]
-        norm = torch.nn.utils.get_total_norm(present)
-        seen = torch.stack([loss.detach().to(norm).reshape(()), norm])
+        witness = _witness([g for g in grads if g is not None])
+        seen = torch.stack([loss.detach().to(witness).reshape(()), witness])
         self._pending.append(seen)
         if seen.device.type == "cpu":
             self.settle()
@@ -78,14 +80,15 @@ class Safeguards:
         if not self._pending:
             return
         seen, self._pending = torch.stack(self._pending).tolist(), []
-        for loss, norm in seen:
-            self._judge(loss, norm)
+        for loss, witness in seen:
+            self._judge(loss, witness)
+        self._good, self._candidate = self._candidate or self._good, None
 
-    def _judge(self, loss: float, norm: float) -> None:
+    def _judge(self, loss: float, witness: float) -> None:
         if not math.isfinite(loss):
             raise Diverged(f"the inner loss is {loss}")
-        if not math.isfinite(norm):
-            raise Diverged(f"the norm of the inner gradient is {norm}")
+        if not math.isfinite(witness):
+            raise Diverged("the gradient of the inner loss is not finite")
         if self._first is None:
             self._first = self._level = loss
         scale = max(abs(self._level), 0.1 * abs(self._first))
@@ -115,14 +118,16 @@ class Safeguards:
         Raises:
             DivergenceError: this was the last of `patience` rollbacks in a row.
         """
-        assert self._snapshot is not None  # every learning step remembers one first
-        self._snapshot.restore(optimizer)
+        assert self._good is not None  # every learning step remembers one first
+        snapshot, raws = self._good
+        snapshot.restore(optimizer)
         self._pending.clear()
+        self._candidate = None
         self.rollbacks += 1
         self._in_a_row += 1
         for name, h in hyperparameters.items():
             with torch.no_grad():
-                h.raw.copy_(self._raws[name])
+                h.raw.copy_(raws[name])
             h.refresh()
         if self._in_a_row >= self.patience:
             raise DivergenceError(
@@ -132,6 +137,7 @@ class Safeguards:
             )
         if "lr" in hyperparameters:
             self._lower(hyperparameters["lr"])
+        self._good = snapshot, _raws(hyperparameters)
 
     def _lower(self, lr: Hyperparameter) -> None:
         with torch.no_grad():
@@ -154,3 +160,14 @@ class Safeguards:
         self._first, self._level = state["first"], state["level"]
         self._pending.clear()
         self.forget()
+
+
+def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:
+    return {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
+
+
+def _witness(grads: list[Tensor]) -> Tensor:
+    """Return a number that is finite just when all of `grads` is, at the least cost."""
+    if grads[0].device.type == "cpu":
+        return torch.stack([g.detach().sum() for g in grads]).sum()
+    return torch.nn.utils.get_total_norm(grads).detach()

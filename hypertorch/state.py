@@ -113,6 +113,17 @@ def set_buffers(
             optimizer.state[param] = {k: _settled(k, v) for k, v in state.items()}
 
 
+def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load a checked state dict; torch would convert a host buffer as if it were a weight's."""
+    optimizer.load_state_dict(dict(state_dict))
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name in _HOST_BUFFERS and isinstance(value, Tensor):
+                optimizer.state[param][name] = value.detach().clone().cpu()
+
+
 def _settled(key: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
@@ -125,15 +136,19 @@ def _settled(key: str, value: Any) -> Any:
 class Snapshot:
     """The values of s and of the module buffers at one moment, to return to.
 
-    Cost: one copy of the weights, of the optimizer's buffers and of the module buffers.
+    Args:
+        optimizer: the bare optimizer, with the present weights and buffers.
+        module_buffers: as they were before the forward pass of the step that comes next.
+
+    Cost: one copy of the weights and of the optimizer's buffers.
     """
 
-    def __init__(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, module_buffers: "ModuleBuffers") -> None:
         self._params = [
             (p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]
         ]
         self._state = {p: _cloned(state) for p, state in optimizer.state.items()}
-        self._module_buffers = ModuleBuffers(model)
+        self._module_buffers = module_buffers
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Write everything back; the snapshot stays usable."""
@@ -150,7 +165,10 @@ def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
 
 
 class ModuleBuffers:
-    """The buffers of a model's modules (BatchNorm statistics, …) at one moment."""
+    """The buffers of a model's modules (BatchNorm statistics, …) at one moment.
+
+    Cost: one copy of them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [
@@ -163,12 +181,12 @@ class ModuleBuffers:
     def restore(self) -> None:
         """Put the same tensors back, with their values at that moment.
 
-        One that nobody wrote to is left alone: a graph may have saved it.
+        A graph may have saved one, so the version of a buffer that nobody wrote to must not move.
+        BatchNorm's kernel writes without moving it, so the value is written all the same.
         """
         with torch.no_grad():
             for module, name, buffer, version, value in self._saved:
-                if buffer._version != version:
-                    buffer.copy_(value)
+                (buffer.data if buffer._version == version else buffer).copy_(value)
                 module._buffers[name] = buffer
 
 

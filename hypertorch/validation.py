@@ -114,10 +114,10 @@ class ValidationLoss:
 
     def _replay(self, position: int, pass_start: dict[str, Tensor | None]) -> None:
         self._batches = None
+        if pass_start["loader"] is not None:
+            self.loader.generator.set_state(pass_start["loader"])
         if position:
             torch.set_rng_state(pass_start["torch"])  # type: ignore[arg-type]
-            if pass_start["loader"] is not None:
-                self.loader.generator.set_state(pass_start["loader"])
             self._batches = self._new_pass()
             for _ in range(position):
                 next(self._batches)

@@ -153,6 +153,8 @@ def assert_identical(a: Any, b: Any, where: str = "it") -> None:
         assert len(a) == len(b), where
         for i, (x, y) in enumerate(zip(a, b, strict=True)):
             assert_identical(x, y, f"{where}[{i}]")
+    elif isinstance(a, float) and a != a:
+        assert b != b, f"{where}: {a!r} and {b!r}"
     else:
         assert a == b, f"{where}: {a!r} and {b!r}"
 
