@@ -154,8 +154,7 @@ def plot_path(axes: Axes, history: Sequence[Row]) -> None:
     marker: dict[str, Any] = {"color": "#d62728", "markeredgecolor": "white", "linestyle": "none"}
     axes.plot(lr[0], decay[0], marker="o", markersize=11, label="start", **marker)
     axes.plot(lr[-1], decay[-1], marker="*", markersize=20, label="end", **marker)
-    axes.set_facecolor("0.92")
-    axes.legend(loc="best", framealpha=0.9)
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
 
 
 def _column(history: Sequence[Row], name: str) -> np.ndarray:

@@ -71,6 +71,13 @@ class RunFolder:
                 writer.writeheader()
             writer.writerow(row)
 
+    def load_metrics(self) -> list[Row]:
+        """The rows of `metrics.csv`."""
+        with self.metrics_file.open(newline="") as file:
+            return [
+                {name: float(value) for name, value in row.items()} for row in csv.DictReader(file)
+            ]
+
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, all or nothing."""
         unfinished = self.checkpoint_file.with_suffix(".part")
