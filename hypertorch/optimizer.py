@@ -234,8 +234,7 @@ class HyperOptimizer(OptimizerWrapper):
         if self._loop is None:
             self._wrapped_step()
             return
-        if isinstance(loss, Tensor):
-            self._loop.safeguards.watch(loss, grads)
+        self._loop.safeguards.watch(loss if isinstance(loss, Tensor) else None, grads)
         if self._loop.groups.are_scalar:
             with self._loop.groups.effective():
                 self._wrapped_step()

@@ -28,9 +28,9 @@ class Safeguards:
     """Watches losses and gradients, and keeps the state to return to.
 
     A loss explodes when it rises above its running level by more than `explosion` times that level
-    (and at least a tenth of the first loss). On a CPU every step is checked before it is made; on
-    an accelerator, where a check would stall it, when the next window opens or closes, and the
-    steps since are rolled back with it.
+    (at least a tenth of the first loss) and by more than ten times its usual deviation from it. On
+    a CPU every step is checked before it is made; on an accelerator, where a check would stall it,
+    when the next window opens or closes, and the steps since are rolled back with it.
 
     Args:
         explosion: how many levels above its level a loss may rise.
@@ -38,13 +38,13 @@ class Safeguards:
         patience: rollbacks in a row before giving up.
     """
 
-    def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
+    def __init__(self, explosion: float = 2.0, backoff: float = 3.0, patience: int = 12) -> None:
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row = 0
         self._first: float | None = None
-        self._level = 0.0
-        self._pending: list[Tensor] = []
+        self._level = self._deviation = 0.0
+        self._pending: list[tuple[Tensor, bool]] = []
         self._good: _Remembered | None = None
         self._candidate: _Remembered | None = None
 
@@ -67,34 +67,50 @@ class Safeguards:
         """Drop the state to return to; the next step remembers its own."""
         self._good = self._candidate = None
 
-    def watch(self, loss: Tensor, grads: Sequence[Tensor | None]) -> None:
-        """Raise `Diverged` if this step must not be made (on an accelerator: must be undone)."""
-        witness = _witness([g for g in grads if g is not None])
-        seen = torch.stack([loss.detach().to(witness).reshape(()), witness])
-        self._pending.append(seen)
-        if seen.device.type == "cpu":
-            self.settle()
+    def watch(self, loss: Tensor | None, grads: Sequence[Tensor | None]) -> None:
+        """Raise `Diverged` if this step must not be made (on an accelerator: must be undone).
+
+        Args:
+            loss: `None` where nothing but its gradient is known.
+            grads: the gradient.
+        """
+        present = [g.detach() for g in grads if g is not None]
+        if present[0].device.type == "cpu":
+            self._judge(None if loss is None else loss.item(), sum(g.sum().item() for g in present))
+            self._promote()
+        else:
+            norm = torch.nn.utils.get_total_norm(present)
+            seen = norm if loss is None else loss.detach().to(norm).reshape(())
+            self._pending.append((torch.stack([seen, norm]), loss is not None))
 
     def settle(self) -> None:
         """Raise `Diverged` if one of the steps seen since the last time went wrong."""
         if not self._pending:
             return
-        seen, self._pending = torch.stack(self._pending).tolist(), []
-        for loss, witness in seen:
-            self._judge(loss, witness)
+        seen = torch.stack([pair for pair, _ in self._pending]).tolist()
+        has_loss = [known for _, known in self._pending]
+        self._pending = []
+        for (loss, witness), known in zip(seen, has_loss, strict=True):
+            self._judge(loss if known else None, witness)
+        self._promote()
+
+    def _promote(self) -> None:
         self._good, self._candidate = self._candidate or self._good, None
 
-    def _judge(self, loss: float, witness: float) -> None:
-        if not math.isfinite(loss):
+    def _judge(self, loss: float | None, witness: float) -> None:
+        if loss is not None and not math.isfinite(loss):
             raise Diverged(f"the inner loss is {loss}")
-        if not math.isfinite(witness):
+        if not math.isfinite(witness):  # a sum or a norm: finite just when every gradient is
             raise Diverged("the gradient of the inner loss is not finite")
+        if loss is None:
+            return
         if self._first is None:
             self._first = self._level = loss
-        scale = max(abs(self._level), 0.1 * abs(self._first))
-        if loss - self._level > self.explosion * scale:
+        rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
+        if rise > max(self.explosion * scale, 10 * self._deviation):
             raise Diverged(f"the inner loss rose from about {self._level:.3g} to {loss:.3g}")
-        self._level += 0.1 * (loss - self._level)
+        self._level += 0.1 * rise
+        self._deviation += 0.1 * (abs(rise) - self._deviation)
 
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
@@ -152,22 +168,17 @@ class Safeguards:
             "in_a_row": self._in_a_row,
             "first": self._first,
             "level": self._level,
+            "deviation": self._deviation,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the counters; the next step remembers the state it starts from."""
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._first, self._level = state["first"], state["level"]
+        self._deviation = state["deviation"]
         self._pending.clear()
         self.forget()
 
 
 def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:
     return {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
-
-
-def _witness(grads: list[Tensor]) -> Tensor:
-    """Return a number that is finite just when all of `grads` is, at the least cost."""
-    if grads[0].device.type == "cpu":
-        return torch.stack([g.detach().sum() for g in grads]).sum()
-    return torch.nn.utils.get_total_norm(grads).detach()

@@ -1,0 +1,244 @@
+"""Divergence: caught before it touches anything, rolled back, η lowered, and the run goes on."""
+
+import math
+
+import pytest
+import torch
+from support import (
+    assert_identical,
+    batches,
+    built,
+    is_open,
+    learned,
+    mlp,
+    mse,
+    network,
+    train,
+    weights,
+    wrapped,
+)
+
+from hypertorch import DivergenceError, Safeguards
+
+NAN = float("nan")
+
+
+def poisoned(batch):
+    x, y = batch
+    return x * NAN, y
+
+
+def all_finite(model, optimizer):
+    buffers = [v for state in optimizer.state.values() for v in state.values()]
+    raws = [h.raw for h in optimizer.hyperparameters.values()]
+    return all(t.isfinite().all() for t in [*weights(model), *buffers, *raws])
+
+
+@pytest.mark.parametrize("name", ["SGD with momentum", "AdamW"])
+@pytest.mark.parametrize("bad", range(11))
+def test_a_batch_of_nan_at_any_step_reaches_nothing_and_the_run_goes_on(name, bad):
+    model = network(dropout=0.2)
+    optimizer = wrapped(built(name, model), model)
+    data = batches(25)
+    data[bad] = poisoned(data[bad])
+    losses = train(model, optimizer, data)
+    optimizer.close()
+    assert math.isnan(losses[bad])
+    assert all(math.isfinite(loss) for t, loss in enumerate(losses) if t != bad)
+    assert optimizer.rollbacks == 1
+    assert all_finite(model, optimizer)
+    assert optimizer.hypergradients is not None
+
+
+@pytest.mark.parametrize("bad", [0, 1, 2, 3, 4, 5, 6])
+def test_a_rollback_returns_to_the_start_of_the_last_window_with_a_third_of_the_rate(bad):
+    """Windows start before steps 0 and 5, and a start counts once a loss from it was good."""
+    model, twin = network(), network()
+    optimizer, other = (wrapped(built("AdamW", m), m) for m in (model, twin))
+    data = batches(8)
+    start = 0 if bad <= 5 else 5
+    train(twin, other, data[:start])
+    other.close()
+    expected = weights(twin), learned(other)["value"]
+    train(model, optimizer, data[:bad])
+    train(model, optimizer, [poisoned(data[bad])])
+    assert not is_open(model)
+    assert_identical(weights(model), expected[0])
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert_identical(dict(optimizer.state[p]), dict(other.state[q]))
+    rate, decay = (optimizer.hyperparameters[n]().item() for n in ("lr", "weight_decay"))
+    assert rate == pytest.approx(expected[1]["lr"].item() / 3, rel=1e-12)
+    assert decay == expected[1]["weight_decay"].item()
+    assert optimizer.param_groups[0]["lr"] == pytest.approx(rate, rel=1e-12)
+
+
+def test_two_bad_batches_in_a_row_lower_the_rate_twice():
+    model = network()
+    optimizer = wrapped(built("SGD", model, lr=0.09), model)
+    data = batches(20)
+    train(model, optimizer, data[:2])
+    train(model, optimizer, [poisoned(data[2]), poisoned(data[3])])
+    assert optimizer.rollbacks == 2
+    assert optimizer.hyperparameters["lr"]().item() == pytest.approx(0.01, rel=1e-12)
+    train(model, optimizer, data[4:])
+    assert optimizer.rollbacks == 2 and all_finite(model, optimizer)
+
+
+def infinite_gradient(model, x, y):
+    """Return a finite loss whose gradient is not: d√u/du is infinite at u = 0."""
+    zero = (model(x) * 0.0).sum()
+    return mse(model(x), y) + zero.sqrt()
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3, 5])
+def test_a_gradient_that_is_not_finite_under_a_finite_loss_reaches_nothing(bad):
+    model = network()
+    optimizer = wrapped(built("Adam", model), model)
+    data = batches(12)
+    train(model, optimizer, data[:bad])
+    loss = infinite_gradient(model, *data[bad])
+    assert loss.isfinite()
+    optimizer.step(loss)
+    assert optimizer.rollbacks == 1
+    train(model, optimizer, data[bad:])
+    optimizer.close()
+    assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
+
+
+@pytest.mark.parametrize("rhythm", [(3, 5), (3, 3), (1, 1)], ids=str)
+@pytest.mark.parametrize("name", ["SGD", "SGD with momentum", "Adam"])
+def test_a_rate_of_a_thousand_is_brought_down_until_training_works(name, rhythm):
+    torch.manual_seed(0)
+    model = mlp()
+    window, update_every = rhythm
+    optimizer = wrapped(built(name, model, lr=1e3), model, window=window, update_every=update_every)
+    data = batches(1) * 150
+    first = mse(model(data[0][0]), data[0][1]).item()
+    train(model, optimizer, data)
+    optimizer.close()
+    last = mse(model(data[0][0]), data[0][1]).item()
+    assert optimizer.rollbacks > 0 and all_finite(model, optimizer)
+    assert last < first
+    assert optimizer.hyperparameters["lr"]().item() < 10
+
+
+def test_an_outer_loss_that_is_not_finite_moves_nothing_and_rolls_the_window_back():
+    model, calls = network(), []
+
+    def outer():
+        calls.append(1)
+        loss = mse(model(batches(1)[0][0]), batches(1)[0][1])
+        return loss * NAN if len(calls) == 2 else loss
+
+    optimizer = wrapped(built("SGD with momentum", model), model, outer_loss=outer)
+    train(model, optimizer, batches(5))
+    held, decay = weights(model), optimizer.hyperparameters["weight_decay"]().item()
+    train(model, optimizer, batches(3, seed=6))
+    assert_identical(weights(model), held)
+    assert optimizer.rollbacks == 1
+    assert optimizer.hyperparameters["weight_decay"]().item() == decay
+    train(model, optimizer, batches(10, seed=7))
+    assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
+
+
+@pytest.mark.parametrize("value", [NAN, float("inf"), 1e20], ids=str)
+def test_a_hypergradient_that_is_not_a_usable_number_moves_nothing(value):
+    """The outer loss is finite; its gradient is what goes wrong."""
+    model, calls = network(), []
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, loss):
+            return loss.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * value
+
+    def outer():
+        calls.append(1)
+        loss = mse(model(batches(1)[0][0]), batches(1)[0][1])
+        return Spoil.apply(loss) if len(calls) == 1 else loss
+
+    optimizer = wrapped(built("SGD with momentum", model), model, outer_loss=outer)
+    held, decay = weights(model), optimizer.hyperparameters["weight_decay"].raw.item()
+    train(model, optimizer, batches(3))
+    assert_identical(weights(model), held)
+    assert optimizer.rollbacks == 1 and optimizer.hypergradients is None
+    assert optimizer.hyperparameters["weight_decay"].raw.item() == decay
+    train(model, optimizer, batches(10, seed=7))
+    assert optimizer.rollbacks == 1 and optimizer.hypergradients is not None
+
+
+def test_after_repeated_failure_it_gives_up_and_says_what_to_change():
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, safeguards=Safeguards(patience=3))
+    data = batches(10)
+    train(model, optimizer, data[:6])
+    optimizer.close()
+    with pytest.raises(DivergenceError) as caught:
+        train(model, optimizer, [poisoned(batch) for batch in data])
+    assert isinstance(caught.value, ArithmeticError)
+    assert str(caught.value) == (
+        "Training diverged 3 times in a row; last, the inner loss is nan. The weights are back at "
+        "the last good state. Check the data for NaN, start from a smaller `lr`, or learn `lr` "
+        "too, so that a rollback can lower it."
+    )
+    assert optimizer.rollbacks == 3
+    assert not is_open(model) and all_finite(model, optimizer)
+
+
+def test_a_good_update_makes_the_counting_start_again():
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, safeguards=Safeguards(patience=2))
+    for cycle in range(4):
+        data = batches(5, seed=cycle)
+        train(model, optimizer, [poisoned(data[0]), *data])
+    assert optimizer.rollbacks == 4
+
+
+def test_without_a_learned_rate_a_rollback_leaves_the_rate():
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, learn=["weight_decay"])
+    train(model, optimizer, [poisoned(batches(1)[0])])
+    assert optimizer.rollbacks == 1
+    assert optimizer.param_groups[0]["lr"] == 0.02
+
+
+def test_a_rollback_divides_every_rate_that_is_learned():
+    model = network()
+    optimizer = wrapped(
+        built("SGD", model), model, learn={"lr": "tensor"}, safeguards=Safeguards(backoff=2.0)
+    )
+    train(model, optimizer, [poisoned(batches(1)[0])])
+    expected = torch.full((6,), 0.01, dtype=torch.float64)
+    torch.testing.assert_close(optimizer.hyperparameters["lr"]().detach(), expected)
+
+
+def test_with_learning_off_nothing_is_guarded_as_with_the_bare_optimizer():
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, outer=None)
+    train(model, optimizer, [poisoned(batches(1)[0])])
+    assert optimizer.rollbacks == 0
+    assert model[0].weight.isnan().all()
+
+
+@pytest.mark.filterwarnings("ignore::hypertorch.HypertorchWarning")
+def test_nan_in_the_users_own_backward_reaches_nothing():
+    model = network()
+    optimizer = wrapped(built("SGD", model), model)
+    x, y = poisoned(batches(1)[0])
+    mse(model(x), y).backward()
+    optimizer.step()
+    assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
+
+
+def test_a_model_loaded_before_the_first_step_is_what_a_rollback_returns_to():
+    model, trained = network(), network()
+    optimizer = wrapped(built("SGD", model), model)
+    other = wrapped(built("SGD", trained), trained)
+    train(trained, other, batches(5))
+    model.load_state_dict(trained.state_dict())
+    train(model, optimizer, [poisoned(batches(1)[0])])
+    for name in ("0.weight", "4.bias"):
+        assert torch.equal(model.state_dict()[name], trained.state_dict()[name])
