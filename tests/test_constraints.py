@@ -1,0 +1,106 @@
+"""Λ and the bijection onto it: closed forms, round trips, and what happens on the boundary."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import hypertorch
+from hypertorch import constraints, interval, positive, real, simplex, unit_interval
+from hypertorch.constraints import BOUNDARY_MARGIN, just_inside, to_raw, to_value
+
+f64 = {"dtype": torch.float64}
+
+CLOSED_FORMS = {
+    "real": (real, lambda rho: rho),
+    "positive": (positive, torch.exp),
+    "unit interval": (unit_interval, torch.sigmoid),
+    "interval": (interval(-2.0, 6.0), lambda rho: -2 + 8 * torch.sigmoid(rho)),
+}
+INSIDE = {
+    "real": torch.tensor([-3.0, 0.0, 7.0], **f64),
+    "positive": torch.tensor([1e-8, 0.5, 300.0], **f64),
+    "unit interval": torch.tensor([1e-3, 0.5, 0.999], **f64),
+    "interval": torch.tensor([-1.9, 0.0, 5.5], **f64),
+    "simplex": torch.tensor([[0.2, 0.3, 0.5], [0.05, 0.9, 0.05]], **f64),
+}
+SETS = {name: pair[0] for name, pair in CLOSED_FORMS.items()} | {"simplex": simplex}
+
+
+@pytest.mark.parametrize("name", CLOSED_FORMS)
+def test_the_bijection_is_its_closed_form(name):
+    constraint, closed_form = CLOSED_FORMS[name]
+    rho = torch.linspace(-4, 4, 9, **f64)
+    torch.testing.assert_close(to_value(rho, constraint), closed_form(rho), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_raw_and_value_are_inverse_to_each_other(name):
+    value = INSIDE[name]
+    there_and_back = to_value(to_raw(value, SETS[name]), SETS[name])
+    torch.testing.assert_close(there_and_back, value, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_raw_value_lies_inside_the_set(name):
+    rho = 3 * torch.randn(50, 2, **f64)
+    assert SETS[name].check(to_value(rho, SETS[name])).all()
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_a_value_inside_is_left_exactly_as_it_is(name):
+    assert torch.equal(just_inside(INSIDE[name], SETS[name], "x"), INSIDE[name])
+
+
+half_line, of_interval = BOUNDARY_MARGIN["half line"], BOUNDARY_MARGIN["interval"]
+BOUNDARY = {
+    "zero of the half line": (positive, [0.0, 2.0], [half_line, 2.0]),
+    "both ends of the unit interval": (
+        unit_interval,
+        [0.0, 1.0, 0.5],
+        [of_interval, 1 - of_interval, 0.5],
+    ),
+    "both ends of an interval": (
+        interval(-2.0, 6.0),
+        [-2.0, 6.0],
+        [-2 + 8 * of_interval, 6 - 8 * of_interval],
+    ),
+    "a corner of the simplex": (
+        simplex,
+        [1.0, 0.0, 0.0, 0.0],
+        [1 - 0.75e-3, 0.25e-3, 0.25e-3, 0.25e-3],
+    ),
+}
+
+
+@pytest.mark.parametrize(("constraint", "value", "inside"), BOUNDARY.values(), ids=BOUNDARY)
+def test_a_value_on_the_boundary_starts_just_inside(constraint, value, inside):
+    moved = just_inside(torch.tensor(value, **f64), constraint, "x")
+    torch.testing.assert_close(moved, torch.tensor(inside, **f64), rtol=1e-12, atol=0.0)
+    assert to_raw(moved, constraint).isfinite().all()
+
+
+def rejects(value: Tensor, constraint: constraints.Constraint) -> str:
+    with pytest.raises(hypertorch.ArgumentError) as caught:
+        just_inside(value, constraint, "x")
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", SETS)
+def test_a_value_that_is_not_finite_is_refused(name, bad):
+    value = INSIDE[name].clone()
+    value[..., 0] = bad
+    assert rejects(value, SETS[name]).startswith("`x` must be finite.")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "value"),
+    [(positive, -1e-9), (unit_interval, 1.0001), (unit_interval, -0.1), (interval(-2, 6), 7.0)],
+)
+def test_a_value_outside_is_refused_and_never_moved_in(constraint, value):
+    assert "lies outside its set" in rejects(torch.tensor([value], **f64), constraint)
+
+
+@pytest.mark.parametrize("value", [[0.5, 0.6], [-0.1, 1.1], [0.0, 0.0]])
+def test_a_point_off_the_simplex_is_refused(value):
+    assert "lies outside the simplex" in rejects(torch.tensor(value, **f64), simplex)

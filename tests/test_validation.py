@@ -1,0 +1,195 @@
+"""ValidationLoss: the loader cycled for ever; the model, its modes and all randomness untouched."""
+
+import copy
+import pickle
+import random
+
+import numpy
+import pytest
+import torch
+from support import assert_close, assert_identical, batches, everything, mse, network
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+import hypertorch
+from hypertorch import ValidationLoss
+
+
+class Recorder(nn.Module):
+    """Remembers the first number of every batch that it sees, and in which mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
+        self.seen, self.modes = [], []
+
+    def forward(self, x):
+        self.seen.append(x.flatten().tolist())
+        self.modes.append(self.training)
+        return self.weight * x
+
+
+def numbers(count=6, **options):
+    """Return a loader over the numbers from 0 on, in batches of two."""
+    x = torch.arange(count, dtype=torch.float64)
+    return DataLoader(TensorDataset(x, x), batch_size=2, **options)
+
+
+def seen(loss, calls):
+    for _ in range(calls):
+        loss()
+    return loss.model.seen[-calls:]
+
+
+def test_it_is_the_criterion_on_the_next_batch_in_eval_mode():
+    model, data = network(dropout=0.5), batches(2)
+    loss = ValidationLoss(model, mse, data)
+    twin = copy.deepcopy(model).eval()
+    for x, y in (*data, *data):
+        assert_identical(loss().detach(), mse(twin(x), y).detach())
+
+
+def test_its_gradient_is_that_of_the_criterion_with_statistics_as_constants():
+    model, data = network(), batches(1)
+    loss = ValidationLoss(model, mse, data)
+    grads = torch.autograd.grad(loss(), list(model.parameters()))
+    model.eval()
+    expected = torch.autograd.grad(mse(model(data[0][0]), data[0][1]), list(model.parameters()))
+    assert_close(grads, expected)
+
+
+def test_the_loader_is_cycled_in_its_order():
+    loss = ValidationLoss(Recorder(), mse, numbers())
+    assert seen(loss, 5) == [[0, 1], [2, 3], [4, 5], [0, 1], [2, 3]]
+
+
+def test_a_shuffled_loader_shows_every_example_once_per_pass_in_a_new_order():
+    loss = ValidationLoss(Recorder(), mse, numbers(40, shuffle=True))
+    first, second = ([x for pair in seen(loss, 20) for x in pair] for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(40))
+    assert first != second and first != sorted(first)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_modes_statistics_gradients_and_randomness_are_untouched(training):
+    model = network(dropout=0.5).train(training)
+    model[1].eval()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = ValidationLoss(model, mse, numbers_for(model))
+    random.seed(1), numpy.random.seed(1)
+    before = everything(model, optimizer)
+    for _ in range(5):
+        loss()
+    assert_identical(before, everything(model, optimizer))
+
+
+def numbers_for(model):
+    data = batches(3)
+    x, y = torch.cat([x for x, _ in data]), torch.cat([y for _, y in data])
+
+    class Noisy(torch.utils.data.Dataset):
+        """Draws from every generator there is, as augmentations do."""
+
+        def __len__(self):
+            return len(x)
+
+        def __getitem__(self, i):
+            noise = random.random() + numpy.random.rand() + torch.rand(()).item()
+            return x[i] + noise, y[i]
+
+    return DataLoader(Noisy(), batch_size=8, shuffle=True)
+
+
+def test_the_modes_come_back_even_when_the_criterion_fails():
+    model = network().train()
+
+    def fails(output, target):
+        raise RuntimeError("no criterion")
+
+    loss = ValidationLoss(model, fails, batches(1))
+    with pytest.raises(RuntimeError, match="no criterion"):
+        loss()
+    assert model.training and model[1].training
+
+
+def test_shuffling_does_not_depend_on_what_training_draws():
+    orders = []
+    for draws in (0, 17):
+        torch.manual_seed(3)
+        loss = ValidationLoss(Recorder(), mse, numbers(shuffle=True))
+        for _ in range(4):
+            torch.rand(draws)
+            loss()
+        orders.append(loss.model.seen)
+    assert orders[0] == orders[1]
+
+
+def test_shuffling_follows_the_seed():
+    orders = []
+    for seed in (3, 4):
+        torch.manual_seed(seed)
+        orders.append(seen(ValidationLoss(Recorder(), mse, numbers(40, shuffle=True)), 20))
+    assert orders[0] != orders[1]
+
+
+OWN = pytest.mark.parametrize("own", [False, True], ids=["global randomness", "own generator"])
+
+
+def shuffled(own):
+    options = {"generator": torch.Generator().manual_seed(5)} if own else {}
+    return ValidationLoss(Recorder(), mse, numbers(10, shuffle=True, **options))
+
+
+@OWN
+@pytest.mark.parametrize("calls", [0, 1, 4, 5, 6, 13])
+def test_a_state_dict_resumes_the_pass_where_it_was(own, calls):
+    loss = shuffled(own)
+    seen(loss, calls) if calls else None
+    state = copy.deepcopy(loss.state_dict())
+    expected = seen(loss, 12)
+    torch.manual_seed(99)
+    again = shuffled(own)
+    seen(again, 3)
+    before = torch.get_rng_state()
+    again.load_state_dict(state)
+    assert torch.equal(before, torch.get_rng_state())
+    assert seen(again, 12) == expected
+
+
+@OWN
+@pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_a_copy_goes_on_where_the_original_was(own, through):
+    loss = shuffled(own)
+    seen(loss, 7)
+    twin = through(loss)
+    assert twin.model is not loss.model
+    assert seen(twin, 12) == seen(loss, 12)
+
+
+def test_batches_may_be_nested_and_are_moved_to_the_models_device():
+    class Sum(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(()))
+
+        def forward(self, x):
+            return self.weight * (x["a"] + x["b"][0])
+
+    x = {"a": torch.ones(2), "b": [torch.ones(2)]}
+    loss = ValidationLoss(Sum(), mse, [(x, torch.zeros(2))])
+    assert loss().item() == 4.0
+
+
+def test_a_loader_that_runs_dry_after_its_first_pass_says_so():
+    class Once:
+        def __init__(self):
+            self.left = [batches(1)[0]]
+
+        def __iter__(self):
+            left, self.left = self.left, []
+            return iter(left)
+
+    loss = ValidationLoss(network(), mse, Once())
+    loss()
+    with pytest.raises(hypertorch.ArgumentError, match="`loader` is empty"):
+        loss()
