@@ -38,7 +38,7 @@ class Safeguards:
         patience: rollbacks in a row before giving up.
     """
 
-    def __init__(self, explosion: float = 2.0, backoff: float = 3.0, patience: int = 12) -> None:
+    def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row = 0
