@@ -132,9 +132,9 @@ def plot_grid(axes: Axes, grid: Mapping[tuple[float, float], float]) -> None:
     mesh = axes.pcolormesh(*edges, percent, cmap="viridis", vmin=percent.min())
     for (lr, decay), accuracy in grid.items():
         dark = 100 * accuracy < (percent.min() + percent.max()) / 2
-        axes.text(
-            lr, decay, f"{100 * accuracy:.1f}", ha="center", va="center",
-            color="white" if dark else "black", fontsize="small",
+        axes.annotate(
+            f"{100 * accuracy:.1f}", (lr, decay), xytext=(0, -26), textcoords="offset points",
+            ha="center", color="white" if dark else "black", fontsize="small",
         )  # fmt: skip
     axes.set(xscale="log", yscale="log", xlabel="learning rate η", ylabel="weight decay λ")
     axes.set_title(f"Grid of {len(grid)} runs with fixed η and λ, and the path of one learned run")

@@ -1,0 +1,80 @@
+"""The configuration: what is accepted, and the message for what is not."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from experiments.config import CONFIG_FOLDER, load_config
+from experiments.config_errors import ConfigError
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(CONFIG_FOLDER, tmp_path / "configs"))
+
+
+def write_experiment(folder: Path, text: str) -> None:
+    (folder / "experiment" / "x.yaml").write_text(f"# @package _global_\n{text}")
+
+
+@pytest.mark.parametrize("path", sorted(CONFIG_FOLDER.glob("*/*.yaml")), ids=lambda p: p.stem)
+def test_every_shipped_choice_composes(path):
+    load_config([f"{path.parent.name}={path.stem}"])
+
+
+IN_A_FILE = {
+    "hyper: {outer_lrr: 1}": "configs/experiment/x.yaml: unknown key `hyper.outer_lrr`. "
+    "Did you mean `hyper.outer_lr`?",
+    "optimizers: {lr: 1}": "configs/experiment/x.yaml: unknown key `optimizers`. "
+    "Did you mean `optimizer`?",
+    "run: {epochs: many}": "configs/experiment/x.yaml: `run.epochs`: Value 'many' of type 'str' "
+    "could not be converted to Integer.",
+    "optimizer: {lr: a lot}": "configs/experiment/x.yaml: `optimizer.lr`: Value 'a lot' of type "
+    "'str' could not be converted to Float.",
+    "defaults: [{override /model: cnnn}]": "No model is called `cnnn`. Did you mean `cnn`? "
+    "Available: cnn, mlp, resnet18.",
+}
+
+
+@pytest.mark.parametrize("text", IN_A_FILE)
+def test_a_bad_file_is_named_with_its_key(folder, text):
+    write_experiment(folder, text)
+    with pytest.raises(ConfigError) as caught:
+        load_config(["experiment=x"], folder)
+    assert str(caught.value) == IN_A_FILE[text]
+
+
+ON_THE_COMMAND_LINE = {
+    "optimizer.lrr=1": "command line: unknown key `optimizer.lrr`. Did you mean `optimizer.lr`?",
+    "+optimizer.lrr=1": "command line: unknown key `optimizer.lrr`. Did you mean `optimizer.lr`?",
+    "optimizer.lr=high": "command line: `optimizer.lr`: Value 'high' of type 'str' could not be "
+    "converted to Float.",
+    "hyper.window=2.5": "command line: `hyper.window`: Value '2.5' of type 'float' could not be "
+    "converted to Integer.",
+    "run.schedule=step": "command line: `run.schedule`: Invalid value 'step', expected one of "
+    "[constant, linear, cosine].",
+    "experiment=digit": "No experiment is called `digit`. Did you mean `digits`? Available: demo, "
+    "digits, fashion_mnist, resnet18.",
+    "~optimizer": "command line: `optimizer` has no value. Give it one.",
+}
+
+
+@pytest.mark.parametrize("override", ON_THE_COMMAND_LINE)
+def test_a_bad_override_is_named(override):
+    with pytest.raises(ConfigError) as caught:
+        load_config([override])
+    assert str(caught.value) == ON_THE_COMMAND_LINE[override]
+
+
+def test_a_file_that_is_not_yaml_is_named_with_the_line(folder):
+    write_experiment(folder, "run:\n  epochs: [many\n")
+    with pytest.raises(ConfigError, match=r"^Not YAML: .*x\.yaml.*line 3"):
+        load_config(["experiment=x"], folder)
+
+
+def test_a_number_without_a_point_before_its_exponent_is_a_number(folder):
+    """PyYAML reads `1e-3` as a string."""
+    write_experiment(folder, "optimizer: {lr: 1e-3}\nrun: {experiment: x}")
+    assert load_config(["experiment=x"], folder).optimizer.lr == 1e-3
+    assert load_config(["optimizer.lr=1e-3"]).optimizer.lr == 1e-3

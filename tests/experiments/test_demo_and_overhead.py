@@ -1,0 +1,83 @@
+"""The demo and the benchmark, made small: they run, and end with their line of JSON."""
+
+import json
+
+import pytest
+import torch
+
+from experiments import demo, overhead
+from experiments.figures import demo_figure
+
+TINY = ["run.epochs=2", "run.batch_size=10", "task.train_size=100", "model.channels=[2]"]
+
+
+def test_the_demo_ends_with_its_line_of_json(tmp_path, monkeypatch, capsys):
+    for name in ("GRID_LR", "GRID_WEIGHT_DECAY"):
+        monkeypatch.setattr(demo, name, getattr(demo, name)[:2])
+    assert demo.main([*TINY, f"run.root={tmp_path}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    found = json.loads(lines[-1])
+    assert list(found) == ["learned", "fixed", "grid_best", "cost_ratio"]
+    assert found["cost_ratio"] > 1
+    for name in ("learned", "fixed", "grid best", "grid median", "grid worst"):
+        assert sum(line.startswith(f"{name} ") for line in lines) == 1
+    assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
+
+
+def test_the_grid_has_25_cells_and_holds_the_start():
+    assert len(demo.grid_points()) == 25
+    assert demo.START in demo.grid_points()
+
+
+def summary(validation, test, steps=10):
+    return {
+        "best_validation_accuracy": validation,
+        "best_validation_loss": 1.0,
+        "test_accuracy": test,
+        "cost_steps": steps,
+        "seconds": 2.0,
+        "final": {"lr": 0.1, "weight_decay": 0.01},
+    }
+
+
+def test_the_grids_best_is_the_choice_of_validation_data_not_of_test_data():
+    grid = {(0.1, 0.1): summary(0.9, 0.5), (0.2, 0.1): summary(0.8, 0.99)}
+    entries = demo.table(summary(0.9, 0.9, steps=15), summary(0.1, 0.1), grid)
+    best = entries[2]
+    assert (best.accuracy, best.cost_steps, best.seconds) == (0.5, 20, 4.0)
+    assert json.loads(demo.closing_line(entries))["cost_ratio"] == 1.5
+
+
+def test_a_diverged_grid_is_drawn(tmp_path):
+    row = {"step": 0.0, "epoch": 0.0, "train_loss": float("nan"), "validation_loss": 1.0}
+    row |= {"validation_accuracy": 0.1, "lr": 0.1, "weight_decay": 0.1, "cost_steps": 0.0}
+    grid = {(lr, decay): 0.1 for lr in (0.1, 1.0) for decay in (0.1, 1.0)}
+    path = tmp_path / "figure.png"
+    demo_figure(grid, [row, {**row, "step": 1.0}], {"best_step": 0, "test_accuracy": 0.1}, path)
+    assert path.exists()
+
+
+@pytest.fixture
+def threads():
+    number = torch.get_num_threads()
+    yield
+    torch.set_num_threads(number)
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_benchmark_ends_with_its_line_of_json(capsys):
+    arguments = ["--rounds", "2", "--horizons", "2", "--block", "1", "--warm-up", "1"]
+    assert overhead.main(arguments) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert set(found) == {
+        "device",
+        *(
+            f"{model}: {what}"
+            for model in ("MLP", "CNN")
+            for what in (
+                "1 steps outside windows / bare",
+                "window of 2 / higher by hand",
+                "window of 2 / 2 bare steps",
+            )
+        ),
+    }

@@ -1,0 +1,147 @@
+"""The runner end to end: what a run leaves behind, and going on after Ctrl-C."""
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from experiments import training
+from experiments.config import load_config
+from experiments.config_errors import ConfigError
+from experiments.resuming import Interrupted
+from experiments.run import run
+from experiments.run_folder import RunFolder
+from experiments.training import Trainer
+
+TINY = [
+    "task.train_size=128",
+    "model.hidden=[8]",
+    "run.batch_size=32",
+    "run.epochs=12",
+    "run.threads=1",
+    "run.device=cpu",
+]
+FILES = {"config.yaml", "metrics.csv", "summary.json", "figure.png"}
+
+
+def tiny(tmp_path, *overrides):
+    return load_config([*TINY, f"run.root={tmp_path}", *overrides])
+
+
+def metrics(folder):
+    """The rows without their times, which no two runs share."""
+    with folder.metrics_file.open(newline="") as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("hyper", ["none", "learn"])
+def test_a_run_leaves_its_folder_complete(tmp_path, hyper):
+    config = tiny(tmp_path, f"hyper={hyper}")
+    summary = run(config, progress=False)
+    folder = RunFolder.of(config)
+    assert folder.path == tmp_path / "digits" / f"{hyper}-seed0"
+    assert {file.name for file in folder.path.iterdir()} >= FILES
+    assert json.loads(folder.summary_file.read_text()) == summary
+    assert OmegaConf.load(folder.config_file).run.name == f"{hyper}-seed0"
+    rows = metrics(folder)
+    assert [int(row["step"]) for row in rows] == list(range(0, 49, 4))
+    assert float(rows[-1]["train_loss"]) < float(rows[1]["train_loss"])
+    events = EventAccumulator(str(folder.path)).Reload()
+    assert len(events.Scalars("evaluation/validation_loss")) == len(rows)
+
+
+def test_a_learned_run_costs_more_and_moves_lr(tmp_path):
+    plain = run(tiny(tmp_path, "hyper=none"), progress=False)
+    learned = run(tiny(tmp_path, "hyper=learn", "optimizer.lr=0.001"), progress=False)
+    assert plain["cost_steps"] == plain["steps"] == 48
+    assert learned["cost_steps"] > 48
+    assert plain["final"]["lr"] == 0.1 and learned["final"]["lr"] > 0.001
+
+
+def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
+    first = run(tiny(tmp_path, "hyper=none"), progress=False)
+    monkeypatch.setattr("experiments.run.Trainer", None)
+    assert run(tiny(tmp_path, "hyper=none"), progress=False) == first
+
+
+def test_a_folder_with_other_settings_is_refused(tmp_path):
+    run(tiny(tmp_path, "hyper=none"), progress=False)
+    with pytest.raises(ConfigError, match=r"`optimizer.lr` is 0.1 there and 0.2 here\. Choose"):
+        run(tiny(tmp_path, "hyper=none", "optimizer.lr=0.2"), progress=False)
+
+
+def interrupt_at(step, monkeypatch):
+    """Send Ctrl-C in the middle of that training step."""
+    original, seen = training.training_step, []
+
+    def training_step(*arguments):
+        seen.append(None)
+        if len(seen) == step:
+            signal.raise_signal(signal.SIGINT)
+        original(*arguments)
+
+    monkeypatch.setattr(training, "training_step", training_step)
+
+
+@pytest.mark.parametrize("step", [10, 23], ids=["outside a window", "inside a window"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("hyper=none",),
+        ("hyper=learn", "run.schedule=cosine"),
+        ("hyper=learn", "model=cnn", "model.channels=[4]", "optimizer=adamw"),
+        ("hyper=learn", "hyper.outer=Adam", "hyper.outer_lr=0.1", "run.validation_batch_size=100"),
+    ],
+    ids=["none", "scheduled", "batch norm and AdamW", "outer Adam and validation batches"],
+)
+def test_a_run_goes_on_bit_identically_after_ctrl_c(tmp_path, monkeypatch, overrides, step):
+    """Beside the run that wrote the same checkpoint and went on."""
+    if "model=cnn" in overrides:
+        monkeypatch.setattr(sys.modules[__name__], "TINY", [o for o in TINY if "hidden" not in o])
+    rhythm = (f"run.evaluate_every={step}", f"run.checkpoint_every={step}", *overrides)
+    whole, parted = (tiny(tmp_path, *rhythm, f"run.name={name}") for name in ("whole", "parted"))
+    reference = Trainer(whole, folder=RunFolder.of(whole))
+    expected = reference.run()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of 48"):
+        interrupt_at(step, patch)
+        run(parted, progress=False)
+    resumed = Trainer(parted, folder=RunFolder.of(parted))
+    assert resumed.step == step
+    summary = resumed.run()
+    assert metrics(RunFolder.of(whole)) == metrics(RunFolder.of(parted))
+    assert {**summary, "seconds": 0, "name": 0} == {**expected, "seconds": 0, "name": 0}
+    for name, value in reference.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+def test_test_data_decides_nothing(tmp_path):
+    """Other test data, same weights and hyperparameters."""
+    config = tiny(tmp_path, "hyper=learn")
+    a = Trainer(config)
+    spoilt = a.task.test._replace(x=torch.randn_like(a.task.test.x))
+    b = Trainer(config, task=type(a.task)(a.task.train, a.task.validation, spoilt))
+    a.run(), b.run()
+    assert a.recorder.history[-1]["validation_loss"] == b.recorder.history[-1]["validation_loss"]
+    for x, y in zip(a.model.parameters(), b.model.parameters(), strict=True):
+        assert torch.equal(x, y)
+
+
+def command(tmp_path, *overrides):
+    arguments = [sys.executable, "-m", "experiments.run", *TINY, f"run.root={tmp_path}", *overrides]
+    return subprocess.run(arguments, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command_line_trains_and_refuses(tmp_path):
+    good = command(tmp_path, "hyper=none")
+    assert good.returncode == 0 and "Test accuracy" in good.stdout, good.stderr
+    bad = command(tmp_path, "optimizer.lrr=1")
+    assert bad.returncode == 2
+    assert bad.stderr == (
+        "error: command line: unknown key `optimizer.lrr`. Did you mean `optimizer.lr`?\n"
+    )
