@@ -40,10 +40,11 @@ class Hyperparameter:
         ArgumentTypeError: `value` is not made of numbers.
 
     Example:
-        >>> alpha = Hyperparameter(0.25, constraint=constraints.unit_interval, name="alpha")
+        >>> from hypertorch import unit_interval
+        >>> alpha = Hyperparameter(0.25, unit_interval, name="alpha")
         >>> alpha()
         tensor(0.2500, requires_grad=True)
-        >>> weights = Hyperparameter(torch.full((5,), 0.5), constraint=constraints.unit_interval)
+        >>> weights = Hyperparameter(torch.full((5,), 0.5), unit_interval)
         >>> weights()[torch.tensor([0, 3])].shape
         torch.Size([2])
     """

@@ -90,10 +90,11 @@ def register_dynamics(
         flags: keyword arguments of `update` taken from the param group unchanged.
 
     Example:
+        >>> from hypertorch import positive
         >>> class SignSGD(torch.optim.SGD): ...
         >>> def sign_sgd(param, grad, buffers, *, lr):
         ...     return param - lr * grad.sign(), buffers
-        >>> register_dynamics(SignSGD, sign_sgd, {"lr": constraints.positive})
+        >>> register_dynamics(SignSGD, sign_sgd, {"lr": positive})
     """
     dynamics = Dynamics(update, dict(constraints), tuple(flags))
     _REGISTRY[optimizer_type] = dynamics

@@ -1,0 +1,162 @@
+"""How ρ moves: the gated sign against its definition, and any torch optimizer in its place."""
+
+import copy
+import math
+from functools import partial
+
+import pytest
+import torch
+from support import assert_identical, batches, built, learned, mlp, network, train, wrapped
+
+from hypertorch import GatedSign
+
+
+def by_definition(history, max_step, decay):
+    """Return the step that the docstring prescribes after these hypergradients."""
+    history = [h for h in history if h != 0]
+    w = [decay ** (len(history) - 1 - i) for i in range(len(history))]
+    mean = sum(a * h for a, h in zip(w, history, strict=True)) / sum(w)
+    square = sum(a * h * h for a, h in zip(w, history, strict=True)) / sum(w)
+    n = sum(w) ** 2 / sum(a * a for a in w)
+    error = math.sqrt(max(square - mean * mean, 0.0) / n)
+    t = math.inf if error == 0 else abs(mean) / error
+    return -math.copysign(max_step * min(max((t - 1) / 2, 0.0), 1.0), mean)
+
+
+def moves(histories, max_step=0.2, decay=0.8, dtype=torch.float64):
+    """Return the steps of GatedSign along histories of hypergradients, one per element of ρ."""
+    rho = torch.zeros(len(histories), dtype=dtype, requires_grad=True)
+    rule, steps = GatedSign([rho], max_step=max_step, decay=decay), []
+    for gradient in zip(*histories, strict=True):
+        before = rho.detach().clone()
+        rho.grad = torch.tensor(gradient, dtype=dtype)
+        rule.step()
+        steps.append((rho.detach() - before).tolist())
+    return steps
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.5, 0.8, 0.95])
+def test_the_gated_sign_steps_by_its_definition_element_by_element(decay):
+    generator = torch.Generator().manual_seed(1)
+    signal = torch.tensor([[0.0], [0.3], [1.0], [-5.0]], dtype=torch.float64)
+    noise = torch.randn(4, 30, dtype=torch.float64, generator=generator)
+    histories = (signal + noise).tolist()
+    for i, steps in enumerate(moves(histories, max_step=0.3, decay=decay)):
+        expected = [by_definition(history[: i + 1], 0.3, decay) for history in histories]
+        assert steps == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+def test_no_single_step_is_longer_than_its_limit():
+    steps = moves([[1e-12, 1e9, -1e9, 3.0, 3.0]], max_step=0.25)
+    assert all(abs(step) <= 0.25 for (step,) in steps)
+
+
+def test_the_first_hypergradient_is_trusted_whatever_its_size():
+    assert moves([[1e-9], [-3e4]]) == [[-0.2, 0.2]]
+
+
+def test_a_sign_that_alternates_is_not_followed():
+    steps = moves([[(-1.0) ** i for i in range(40)]])
+    assert all(step == 0.0 for (step,) in steps[4:])
+
+
+def test_a_steady_sign_is_followed_at_full_length():
+    assert [step for (step,) in moves([[2.0] * 10])] == pytest.approx([-0.2] * 10, rel=1e-12)
+
+
+def test_a_hypergradient_of_zero_moves_nothing_and_is_forgotten():
+    with_gaps = [1.0, 0.0, 3.0, 0.0, 0.0, -1.0, 2.0]
+    steps = moves([with_gaps])
+    assert [step for (step,), h in zip(steps, with_gaps, strict=True) if h == 0] == [0.0] * 3
+    without = moves([[h for h in with_gaps if h != 0]])
+    kept = [step for (step,), h in zip(steps, with_gaps, strict=True) if h != 0]
+    assert kept == pytest.approx([step for (step,) in without], rel=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-4, 1e4, 1e12])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_scale_of_the_hypergradients_makes_no_difference(scale, dtype):
+    history = [1.0, 2.0, 0.5, -1.5, 3.0, 2.5]
+    plain, scaled = (moves([[s * h for h in history]], dtype=dtype) for s in (1.0, scale))
+    for a, b in zip(plain, scaled, strict=True):
+        assert a == pytest.approx(b, rel=1e-3)
+
+
+def test_a_rule_resumed_from_its_state_dict_goes_on_identically():
+    rho = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    twin = rho.detach().clone().requires_grad_()
+    rule, other = GatedSign([rho]), GatedSign([twin])
+    gradients = torch.randn(12, 3, dtype=torch.float64)
+    for i, gradient in enumerate(gradients):
+        if i == 5:
+            other.load_state_dict(copy.deepcopy(rule.state_dict()))
+            twin.data.copy_(rho.data)
+        rho.grad = gradient.clone()
+        rule.step()
+        if i >= 5:
+            twin.grad = gradient.clone()
+            other.step()
+    assert torch.equal(rho, twin)
+
+
+RULES = {
+    "plain descent": partial(torch.optim.SGD, lr=1e-3),
+    "Adam": partial(torch.optim.Adam, lr=0.05),
+    "RMSprop": partial(torch.optim.RMSprop, lr=0.02),
+    "Rprop": torch.optim.Rprop,
+    "the default with a longer stride": partial(GatedSign, max_step=0.5),
+}
+
+
+@pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
+def test_any_torch_optimizer_moves_rho_along_the_hypergradient_in_raw_space(rule):
+    """Fed dE/dρ = λ dE/dλ of the logarithm by hand, a second instance of the rule does the same."""
+    model = mlp()
+    optimizer = wrapped(built("SGD", model), model, outer=rule)
+    starts = [0.02, 0.01]
+    raws = [torch.tensor([v], dtype=torch.float64).log().requires_grad_() for v in starts]
+    by_hand = rule(raws)
+    for cycle in range(4):
+        train(model, optimizer, batches(3, seed=cycle))
+        for raw, name in zip(raws, ("lr", "weight_decay"), strict=True):
+            raw.grad = raw.detach().exp() * optimizer.hypergradients[name]
+        by_hand.step()
+        for raw, name in zip(raws, ("lr", "weight_decay"), strict=True):
+            value = optimizer.hyperparameters[name]()
+            torch.testing.assert_close(value, raw.exp(), rtol=1e-9, atol=0.0)
+        train(model, optimizer, batches(2, seed=20 + cycle))
+
+
+def test_plain_descent_on_the_hypergradient_lowers_the_outer_loss_of_the_window():
+    """The same window again, from a rate moved a little along −dE/dρ, ends at a lower E."""
+    losses = []
+    rate = 0.02
+    for _ in range(2):
+        model = network()
+        optimizer = wrapped(
+            built("SGD with momentum", model, lr=rate),
+            model,
+            learn=["lr"],
+            outer=partial(torch.optim.SGD, lr=0.1),
+        )
+        train(model, optimizer, batches(3))
+        losses.append(optimizer.outer_loss_value.item())
+        rate = optimizer.hyperparameters["lr"]().item()
+    assert rate != 0.02
+    assert losses[1] < losses[0]
+
+
+def test_rho_holds_no_gradient_between_updates():
+    model = mlp()
+    optimizer = wrapped(built("SGD", model), model)
+    train(model, optimizer, batches(7))
+    assert all(h.raw.grad is None for h in optimizer.hyperparameters.values())
+
+
+def test_with_learning_off_no_rule_is_built_and_nothing_moves():
+    model = mlp()
+    optimizer = wrapped(built("SGD", model), model, outer=None)
+    before = learned(optimizer)
+    train(model, optimizer, batches(12))
+    assert_identical(before, learned(optimizer))
+    assert optimizer.hypergradients is None and optimizer.cost == 12
