@@ -205,8 +205,8 @@ class HyperOptimizer(OptimizerWrapper):
         return loss, bool(seen)
 
     def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
-        loop.remember_start()
         try:
+            loop.see_to_snapshot()
             if loop.is_window_due and has_gradients:
                 self._refuse_or_warn(loop)
                 self._plain_step(loss, has_gradients)

@@ -68,6 +68,7 @@ class OuterLoop:
         settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
         self.groups = LearnedGroups(optimizer, settings)
         self.position, self.overhead = 0, 0.0
+        self._age = 0  # steps since the state to roll back to
         self._losses: list[Tensor] = []
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
@@ -112,9 +113,16 @@ class OuterLoop:
     def _versions(self) -> list[int]:
         return [p._version for p in self._params()]
 
-    def remember_start(self) -> None:
-        """See that there is a state to roll back to."""
-        if not self.safeguards.has_snapshot:
+    def see_to_snapshot(self) -> None:
+        """See that there is a state to roll back to, and no old one where windows never open.
+
+        Raises:
+            Diverged: a step since the last time went wrong.
+        """
+        self._age += 1
+        if self._age > self.update_every:
+            self.safeguards.settle()
+        if self._age > self.update_every or not self.safeguards.has_snapshot:
             self._remember()
 
     def _remember(self) -> None:
@@ -123,6 +131,7 @@ class OuterLoop:
         It may have left NaN in the module buffers: those of `get_ready` count, unless somebody
         loaded a model since.
         """
+        self._age = 0
         versions, buffers = self._before
         if versions != self._versions():
             buffers = ModuleBuffers(self.model)

@@ -233,6 +233,47 @@ def test_nan_in_the_users_own_backward_reaches_nothing():
     assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
 
 
+def values(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def by_backward(model, optimizer, batch):
+    optimizer.zero_grad()
+    mse(model(batch[0]), batch[1]).backward()
+    optimizer.step()
+
+
+def by_closure(model, optimizer, batch):
+    def closure():
+        optimizer.zero_grad()
+        loss = mse(model(batch[0]), batch[1])
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+
+
+@pytest.mark.filterwarnings("ignore::hypertorch.HypertorchWarning")
+@pytest.mark.parametrize("step", [by_backward, by_closure])
+@pytest.mark.parametrize("bad", [0, 7, 30, 31, 37])
+def test_where_no_window_ever_opens_a_rollback_costs_few_steps_too(step, bad):
+    model = network()
+    optimizer = wrapped(built("AdamW", model), model)
+    history = [values(model)]
+    for batch in batches(bad, seed=3):
+        step(model, optimizer, batch)
+        history.append(values(model))
+    step(model, optimizer, poisoned(batches(1)[0]))
+    assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
+    recent = history[-7:]
+    assert any(
+        all(torch.equal(a, b) for a, b in zip(values(model), earlier, strict=True))
+        for earlier in recent
+    )
+    step(model, optimizer, batches(1)[0])
+    assert optimizer.rollbacks == 1
+
+
 def test_a_model_loaded_before_the_first_step_is_what_a_rollback_returns_to():
     model, trained = network(), network()
     optimizer = wrapped(built("SGD", model), model)
