@@ -1,6 +1,7 @@
 """HyperOptimizer keeps what torch.optim.Optimizer promises, with learning off and with it on."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from support import (
     weights,
     wrapped,
 )
+
+import hypertorch
 
 ALL = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -108,3 +111,33 @@ def test_at_a_windows_end_the_weights_are_those_of_plain_training_with_what_was_
         h().item() != start
         for h, start in zip(optimizer.hyperparameters.values(), (0.02, 0.01), strict=True)
     )
+
+
+def test_a_plain_step_where_a_window_is_due_says_once_that_nothing_is_learned_from_it():
+    model, twin = network(), network()
+    optimizer, other = wrapped(built("AdamW", model), model), built("AdamW", twin)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        train_plainly(model, optimizer, batches(9))
+    assert [str(w.message) for w in caught] == [
+        "`step()` without a loss is a plain step, from which Unroll() learns nothing. "
+        "Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`."
+    ]
+    assert caught[0].category is hypertorch.HypertorchWarning
+    train_plainly(twin, other, batches(9))
+    assert_close(weights(model), weights(twin), 1e-12)
+    assert optimizer.hypergradients is None and not is_open(model)
+
+
+def test_a_loss_that_was_refused_leaves_no_window_open():
+    model, other = network(), network()
+    optimizer = wrapped(built("SGD", model), model)
+    x, y = batches(1)[0]
+    with pytest.raises(hypertorch.WindowError):
+        optimizer.step(mse(other(x), y))
+    mse(model(x), y).backward()
+    with pytest.warns(hypertorch.HypertorchWarning, match="is a plain step"):
+        optimizer.step()
+    assert not is_open(model)
+    train(model, optimizer, batches(3))
+    assert optimizer.hypergradients is not None
