@@ -274,7 +274,7 @@ class OuterLoop:
                 h.refresh()
         self.groups.load_state_dict(state["groups"])
         self.position, self.overhead = state["position"], state["overhead"]
-        self.rule.load_state_dict(state["rule"])
+        self.rule.load_state_dict(deepcopy(state["rule"]))
         self.safeguards.load_state_dict(state["safeguards"])
         load = getattr(self.outer_loss, "load_state_dict", None)
         if load and state["outer_loss"] is not None:

@@ -1,5 +1,6 @@
 """A run resumed from a checkpoint is, bit for bit, the run that wrote it and went on."""
 
+import copy
 import io
 from dataclasses import dataclass, field
 from typing import Any
@@ -247,3 +248,14 @@ def test_a_rejected_checkpoint_does_not_stop_the_run_it_was_offered_to():
     torch.manual_seed(7)
     twin.go(4, 12)
     assert_identical(run.end(), twin.end())
+
+
+def test_a_checkpoint_in_memory_is_not_changed_by_the_run_that_loads_it():
+    run, other = Run(), Run()
+    run.go(0, 4)
+    state = run.optimizer.state_dict()["hypertorch"]
+    kept = copy.deepcopy(state)
+    other.optimizer.load_state_dict(run.optimizer.state_dict() | {"hypertorch": state})
+    run.go(4, 12)
+    other.go(4, 12)
+    assert_identical(state, kept)
