@@ -1,26 +1,28 @@
 """What torch must be told while a window lasts, so that a loss can be differentiated twice.
 
-Fused attention, cuDNN's recurrent networks and compiled modules have no double backward, and that
-of fused weight normalisation is wrong. Their plain counterparts have; each is switched only while
-some window lasts, and switched back after.
+Fused attention, cuDNN's recurrent networks and compiled modules have no double backward; that of
+fused weight normalisation is wrong, and that of activation checkpointing recomputes with later
+weights. Their plain counterparts are right; each is switched only while some window lasts, and
+switched back after.
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
+from torch.utils import checkpoint as torch_checkpoint
 
 
 class TwiceDifferentiable:
     """Switches that one model needs; entered by several optimizers at once, they count.
 
     Args:
-        model: decides which switches are needed besides attention's.
+        model: decides which switches are needed.
     """
 
     #: Windows that hold the switches, and the way back once none does, for the whole process.
@@ -28,7 +30,7 @@ class TwiceDifferentiable:
     _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
-        self._switches = [_math_attention]
+        self._switches = [_math_attention, _without_recomputation]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
@@ -63,6 +65,36 @@ def _eager() -> AbstractContextManager[None]:
 
 def _without_cudnn() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=False)
+
+
+class _Kept:
+    """Stands in for both kinds of activation checkpoint and keeps the activations."""
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    @staticmethod
+    def generator(*args: Any, **kwargs: Any) -> Iterator[None]:
+        yield
+
+
+@contextmanager
+def _without_recomputation() -> Iterator[None]:
+    """Run checkpointed parts as they are.
+
+    A checkpoint would recompute them at the window's end, when the model holds later weights; a
+    reentrant one does not even reach the weights inside it.
+    """
+    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
+    recomputing = [getattr(torch_checkpoint, name) for name in names]
+    for name, kept in zip(names, (_Kept, _Kept.generator), strict=True):
+        setattr(torch_checkpoint, name, kept)
+    try:
+        yield
+    finally:
+        for name, original in zip(names, recomputing, strict=True):
+            setattr(torch_checkpoint, name, original)
 
 
 #: `torch.nn.utils.weight_norm` is both a module and, under that name, a function.

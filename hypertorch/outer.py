@@ -59,20 +59,23 @@ class GatedSign(torch.optim.Optimizer):
         state = self.state[raw]
         if not state:
             state["seen"] = torch.zeros_like(raw)
-            state["mean"], state["mean_square"] = torch.zeros_like(raw), torch.zeros_like(raw)
+            state["mean"], state["rms"] = torch.zeros_like(raw), torch.zeros_like(raw)
         informs = gradient != 0
         state["seen"] += informs
-        for key, x in (("mean", gradient), ("mean_square", gradient * gradient)):
-            state[key] += torch.where(informs, (1 - decay) * (x - state[key]), 0.0)
-        t = _t_statistic(state["mean"], state["mean_square"], state["seen"], decay)
+        mean, rms = state["mean"], state["rms"]
+        mean += torch.where(informs, (1 - decay) * (gradient - mean), 0.0)
+        # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
+        spread = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
+        rms.copy_(torch.where(informs, spread, rms))
+        t = _t_statistic(mean, rms, state["seen"], decay)
         confidence = ((t.abs() - 1) / 2).clamp(0, 1)
         raw -= torch.where(informs, max_step * t.sign() * confidence, 0.0)
 
 
-def _t_statistic(mean: Tensor, mean_square: Tensor, seen: Tensor, decay: float) -> Tensor:
+def _t_statistic(mean: Tensor, rms: Tensor, seen: Tensor, decay: float) -> Tensor:
     """Return m̂ / √((ŝ − m̂²) / n), with n = (Σ w)² / Σ w² for the weights w of the average."""
     total = 1 - decay**seen
-    mean, mean_square = mean / total, mean_square / total
+    ratio = (mean / total) / (rms / total.sqrt())
     n = total**2 * (1 + decay) / ((1 - decay) * (1 - decay ** (2 * seen)))
-    variance = (mean_square - mean * mean).clamp(min=0) / n
-    return torch.nan_to_num(mean / variance.sqrt(), nan=0.0)
+    noise = ((1 - ratio * ratio).clamp(min=0) / n).sqrt()
+    return torch.nan_to_num(ratio / noise, nan=0.0)
