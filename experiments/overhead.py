@@ -195,13 +195,14 @@ def measure(
     for action in [*steps.values(), *windows.values()]:
         _repeated(action, warm_up)()
     times = timings(steps, 4 * rounds, bench.device)
-    bare = statistics.median(times["bare"]) / block
-    lines = [_line(name, f"{block} steps outside windows / bare", times["ours"], times["bare"])]
+    ours, bare = ([ms / block for ms in times[who]] for who in ("ours", "bare"))
+    lines = [_line(name, "step outside windows / bare step", ours, bare)]
     for k in horizons:
         pair = {who: windows[who, k] for who in ("ours", "higher")}
         times = timings(pair, rounds, bench.device)
         lines.append(_line(name, f"window of {k} / higher by hand", *times.values()))
-        lines.append(_line(name, f"window of {k} / {k} bare steps", times["ours"], [k * bare]))
+        plain = [k * statistics.median(bare)]
+        lines.append(_line(name, f"window of {k} / {k} bare steps", times["ours"], plain))
     return lines
 
 
@@ -239,9 +240,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status, 0.
     """
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=100, help="timings of each window")
+    parser.add_argument("--rounds", type=int, default=20, help="timings of each window")
     parser.add_argument("--horizons", type=int, nargs="+", default=[5, 10])
-    parser.add_argument("--block", type=int, default=20, help="steps timed together")
+    parser.add_argument("--block", type=int, default=10, help="steps timed together")
     parser.add_argument("--warm-up", type=int, default=5)
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)

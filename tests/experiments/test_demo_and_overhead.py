@@ -75,7 +75,7 @@ def test_the_benchmark_ends_with_its_line_of_json(capsys):
             f"{model}: {what}"
             for model in ("MLP", "CNN")
             for what in (
-                "1 steps outside windows / bare",
+                "step outside windows / bare step",
                 "window of 2 / higher by hand",
                 "window of 2 / 2 bare steps",
             )
