@@ -137,6 +137,14 @@ class OuterLoop:
             buffers = ModuleBuffers(self.model)
         self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
+    @property
+    def _through_loss(self) -> bool:
+        """Whether a hyperparameter of the inner loss is learned."""
+        return len(self.groups.settings) < len(self.hyperparameters)
+
+    def _new_window(self) -> Window:
+        return self.engine.open(self.optimizer, self._slots, self._through_loss)
+
     def window_step(self, loss: Tensor) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ) as part of a window.
 
@@ -146,7 +154,7 @@ class OuterLoop:
         if not self._open:
             self.safeguards.settle()
             self._remember()
-        window = self._open[0] if self._open else self.engine.open(self.optimizer, self._slots)
+        window = self._open[0] if self._open else self._new_window()
         window.step(loss, self.groups.overrides(), lambda grads: self.safeguards.watch(loss, grads))
         self._open[:] = [window]
         self._losses.append(loss.detach())
@@ -190,8 +198,7 @@ class OuterLoop:
             raise
         losses = self._losses
         self.close()
-        through_loss = len(self.groups.settings) < len(self.hyperparameters)
-        self.overhead += self.engine.cost(len(losses), through_loss) - len(losses)
+        self.overhead += self.engine.cost(len(losses), self._through_loss) - len(losses)
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss.detach()
         self.inner_loss_value = torch.stack(losses).mean()
         self._move(hypergradients)

@@ -131,10 +131,12 @@ class LearnedGroups:
     def effective(self) -> Iterator[None]:
         """Within, every group's `lr` is η_t, as torch's own step needs it."""
         self._check_nobody_else_wrote()
+        if "lr" not in self.settings or not any("initial_lr" in g for g in self._groups):
+            yield  # `lr` is η_t already
+            return
         visible = [group["lr"] for group in self._groups]
-        if "lr" in self.settings:
-            for group, lr in zip(self._groups, self.effective_lr(), strict=True):
-                group["lr"] = lr
+        for group, lr in zip(self._groups, self.effective_lr(), strict=True):
+            group["lr"] = lr
         try:
             yield
         finally:

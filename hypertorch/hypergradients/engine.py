@@ -60,8 +60,14 @@ class Engine(ABC):
     needs_loss: bool
 
     @abstractmethod
-    def open(self, optimizer: torch.optim.Optimizer, slots: Slots) -> Window:
-        """Open a window at the present state of a live model and optimizer."""
+    def open(self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool) -> Window:
+        """Open a window at the present state of a live model and optimizer.
+
+        Args:
+            optimizer: the bare optimizer.
+            slots: where the model keeps the parameters.
+            through_loss: whether a hyperparameter of the inner loss is learned.
+        """
 
     @abstractmethod
     def cost(self, horizon: int, through_loss: bool) -> float:

@@ -25,7 +25,7 @@ class Unroll(Engine):
 
     Cost: K training steps, one outer gradient, and one Hessian-vector product (about two gradients)
     per step, save for the first step when only settings of the optimizer are learned: its gradient
-    does not depend on λ. Memory: K training graphs.
+    does not depend on λ. Memory: as many training graphs.
 
     References:
         Franceschi et al. 2017, eq. (7)-(9); Domke 2012; Maclaurin et al. 2015. The unroll is run by
@@ -34,9 +34,11 @@ class Unroll(Engine):
 
     needs_loss = True
 
-    def open(self, optimizer: torch.optim.Optimizer, slots: Slots) -> "UnrolledWindow":
+    def open(
+        self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool
+    ) -> "UnrolledWindow":
         """Start a graph at the present weights and buffers."""
-        return UnrolledWindow(optimizer, slots)
+        return UnrolledWindow(optimizer, slots, through_loss)
 
     def cost(self, horizon: int, through_loss: bool) -> float:
         """Return K + 1 + 2 (K − 1), or K + 1 + 2 K with a hyperparameter in the loss."""
@@ -49,8 +51,9 @@ class Unroll(Engine):
 class UnrolledWindow(Window):
     """A window whose steps are one growing graph, its fast weights in the model's own slots."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, slots: Slots) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool) -> None:
         self._optimizer, self._slots = optimizer, slots
+        self._gradient_is_constant = not through_loss
         self._unrolled = unrolled(optimizer)
         self.params: list[Tensor] = list(slots.params)
         self._versions = _versions(self.params)
@@ -64,14 +67,13 @@ class UnrolledWindow(Window):
         """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
 
         def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-            if all(grad is None for grad in grads):
-                raise WindowError(
-                    "The loss does not depend on the model's present weights. Compute it from "
-                    "`model` after the previous step, and call `step(loss)` once per loss."
-                )
+            _check_dependence(grads)
             check(grads)
             return grads
 
+        if self._gradient_is_constant:
+            loss = _linear(loss, self.params)
+            self._gradient_is_constant = False
         self._follow_live_groups()
         params = self._unrolled.step(
             loss, params=self.params, override=overrides, grad_callback=checked
@@ -108,6 +110,27 @@ class UnrolledWindow(Window):
         """Write the fast weights and buffers to the live parameters and optimizer."""
         self._slots.hand_back(self.params)
         set_buffers(self._optimizer, self._unrolled.state)
+
+
+def _linear(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
+    """Return ⟨∇loss, w⟩: the same gradient, and no graph behind it.
+
+    The first step of a window starts from constants, so its gradient is one, unless the loss has a
+    hyperparameter of its own; a second derivative of that loss is never asked for.
+    """
+    trainable = [p for p in params if p.requires_grad]
+    grads = torch.autograd.grad(loss, trainable, allow_unused=True)
+    _check_dependence(grads)
+    pairs = zip(grads, trainable, strict=True)
+    return sum(((g * p).sum() for g, p in pairs if g is not None), start=loss.new_zeros(()))
+
+
+def _check_dependence(grads: Sequence[Tensor | None]) -> None:
+    if all(grad is None for grad in grads):
+        raise WindowError(
+            "The loss does not depend on the model's present weights. Compute it from "
+            "`model` after the previous step, and call `step(loss)` once per loss."
+        )
 
 
 #: How torch says that a tensor of the graph was written to, or its graph freed.
