@@ -3,7 +3,8 @@
 The README lists every tag with its formula.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,17 +20,20 @@ class Monitor:
     Args:
         writer: the `SummaryWriter`, or anything with its `add_scalar`.
         hparams: what the HParams page shows of this run: strings and numbers.
-        names: the learned hyperparameters.
+        values: the learned hyperparameters, by name, as they start.
 
     Cost: one host synchronisation per outer update.
     """
 
-    def __init__(self, writer: Any, hparams: Mapping[str, Any], names: list[str]) -> None:
+    def __init__(
+        self, writer: Any, hparams: Mapping[str, Any], values: Mapping[str, Tensor]
+    ) -> None:
         self._writer = writer
         if hasattr(writer, "add_custom_scalars"):
-            writer.add_custom_scalars(dashboard_layout(names))
+            writer.add_custom_scalars(dashboard_layout(values))
         if hasattr(writer, "file_writer"):
-            _fill_hparams_page(writer, hparams, names)
+            curves = [f"hyperparameter/{tag}" for tag, _ in _curves(values)]
+            _fill_hparams_page(writer, hparams, curves)
 
     def record(
         self,
@@ -72,25 +76,27 @@ def _on_host(points: Mapping[str, Tensor]) -> dict[str, float]:
     return dict(zip(points, together.tolist(), strict=True))
 
 
-def dashboard_layout(names: list[str]) -> dict[str, dict[str, list[Any]]]:
+def dashboard_layout(names: Iterable[str]) -> dict[str, dict[str, list[Any]]]:
     """Return the custom-scalars page: losses, each λ beside its dE/dλ, rollbacks, cost."""
     charts: dict[str, list[Any]] = {"losses": ["Multiline", ["loss/inner", "loss/outer"]]}
     for name in names:
-        charts[name] = ["Multiline", [f"hyperparameter/{name}$", f"hyperparameter/{name}/.*"]]
-        charts[f"dE/d {name}"] = [
-            "Multiline",
-            [f"hypergradient/{name}$", f"hypergradient/{name}/.*"],
-        ]
+        charts[name] = _curves_chart(f"hyperparameter/{name}")
+        charts[f"dE/d {name}"] = _curves_chart(f"hypergradient/{name}")
     charts["rollbacks"] = ["Multiline", ["safeguards/rollbacks"]]
     charts["cost in plain training steps, per step"] = ["Multiline", ["cost/ratio"]]
     return {"hypertorch": charts}
 
 
-def _fill_hparams_page(writer: Any, hparams: Mapping[str, Any], names: list[str]) -> None:
+def _curves_chart(tag: str) -> list[Any]:
+    """Return a chart of all curves of one tensor; TensorBoard reads a tag as a regex's start."""
+    return ["Multiline", [f"{re.escape(tag)}$", f"{re.escape(tag)}/.*"]]
+
+
+def _fill_hparams_page(writer: Any, hparams: Mapping[str, Any], curves: list[str]) -> None:
     """Name this run's settings and the tags that are its metrics; they fill as the tags do."""
     from torch.utils.tensorboard.summary import hparams as summaries
 
-    tags = ["loss/outer", "loss/inner", "cost/ratio", *(f"hyperparameter/{n}" for n in names)]
+    tags = ["loss/outer", "loss/inner", "cost/ratio", *curves]
     metrics = dict.fromkeys(tags, 0.0)
     for summary in summaries(dict(hparams), metrics):
         writer.file_writer.add_summary(summary)

@@ -307,7 +307,8 @@ class HyperOptimizer(OptimizerWrapper):
             "window": self._loop.window,
             "update_every": self._loop.update_every,
         }
-        return Monitor(writer, {**choices, **start}, list(self.hyperparameters))
+        values = {name: h() for name, h in self.hyperparameters.items()}
+        return Monitor(writer, {**choices, **start}, values)
 
     def _record(self, loop: OuterLoop) -> None:
         if self._monitor is None or loop.hypergradients is None:

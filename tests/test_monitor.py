@@ -1,5 +1,6 @@
 """What TensorBoard gets, read back from its event files and compared with the optimizer's own."""
 
+import re
 import subprocess
 import sys
 
@@ -126,12 +127,17 @@ def test_rollbacks_are_counted_where_they_are_written(tmp_path):
     assert point[1] == 1
 
 
-def test_the_layout_puts_each_hyperparameter_beside_its_hypergradient(tmp_path):
-    _, events = run(tmp_path)
+def layout_of(events):
     (event,) = events.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout()
     layout.ParseFromString(event.tensor_proto.string_val[0])
     (category,) = layout.category
+    return category
+
+
+def test_the_layout_puts_each_hyperparameter_beside_its_hypergradient(tmp_path):
+    _, events = run(tmp_path)
+    category = layout_of(events)
     charts = {chart.title: list(chart.multiline.tag) for chart in category.chart}
     assert category.title == "hypertorch"
     assert charts["losses"] == ["loss/inner", "loss/outer"]
@@ -141,6 +147,22 @@ def test_the_layout_puts_each_hyperparameter_beside_its_hypergradient(tmp_path):
         assert charts[f"dE/d {name}"][0] == f"hypergradient/{name}$"
         assert titles.index(f"dE/d {name}") == titles.index(name) + 1
     assert charts["rollbacks"] == ["safeguards/rollbacks"]
+
+
+def test_every_chart_of_the_layout_shows_a_curve(tmp_path):
+    model, writer = mlp(), SummaryWriter(str(tmp_path))
+    factor = Hyperparameter(0.5, hypertorch.unit_interval, name="mix (train+val)")
+    learn = {"lr": "tensor", "weight_decay": "element", "mix (train+val)": factor}
+    optimizer = wrapped(built("SGD", model), model, learn=learn, writer=writer)
+    for x, y in batches(3):
+        optimizer.step(factor() * mse(model(x), y))
+    writer.close()
+    events = read(tmp_path)
+    tags = events.Tags()["scalars"]
+    for chart in layout_of(events).chart:
+        assert any(re.match(line, tag) for line in chart.multiline.tag for tag in tags), chart.title
+    metrics = hparams(events)["experiment"].experiment.metric_infos
+    assert {info.name.tag for info in metrics} <= set(tags)
 
 
 def hparams(events):
