@@ -55,7 +55,12 @@ def config_at(point: Point, overrides: Sequence[str], *more: str) -> Config:
     """
     lr, decay = point
     here = [f"optimizer.lr={lr}", f"optimizer.weight_decay={decay}"]
-    return load_config(["experiment=demo", *overrides, *here, *more])
+    return load_config([*_with_experiment(overrides), *here, *more])
+
+
+def _with_experiment(overrides: Sequence[str]) -> list[str]:
+    is_chosen = any(override.startswith("experiment=") for override in overrides)
+    return [*([] if is_chosen else ["experiment=demo"]), *overrides]
 
 
 def grid_points() -> list[Point]:

@@ -207,7 +207,7 @@ class HyperOptimizer(OptimizerWrapper):
     def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
         try:
             loop.see_to_snapshot()
-            if loop.is_window_due and has_gradients:
+            if loop.is_window_due and has_gradients and loop.engine.needs_loss:
                 self._refuse_or_warn(loop)
                 self._plain_step(loss, has_gradients)
                 self._steps += 1

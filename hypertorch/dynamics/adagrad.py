@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import positive
-from .arithmetic import Buffers, Number, axpy, is_active, next_step, square_root
+from .arithmetic import Buffers, Number, axpy, next_step, regularised, square_root
 from .registry import register_dynamics
 
 
@@ -24,9 +24,7 @@ def adagrad(
     maximize: bool,
 ) -> tuple[Tensor, Buffers]:
     """Return (w_t, {t, G_t})."""
-    grad = -grad if maximize else grad
-    if is_active(weight_decay):
-        grad = axpy(weight_decay, param, grad)
+    grad = regularised(param, grad, weight_decay, maximize)
     step = next_step(buffers)
     rate = lr / (1 + (step.item() - 1) * lr_decay)
     start = buffers.get("sum")

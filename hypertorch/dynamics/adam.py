@@ -18,30 +18,34 @@ from .arithmetic import (
     ema_of_square,
     is_active,
     next_step,
+    regularised,
     square_root,
 )
 from .registry import register_dynamics
 
 
-def _decayed(
-    param: Tensor, grad: Tensor, lr: Number, weight_decay: Number, decoupled: bool
-) -> tuple[Tensor, Tensor]:
-    """Apply λ to the weights (w − η λ w) or to the gradient (g + λ w)."""
-    if not is_active(weight_decay):
-        return param, grad
-    if decoupled:
-        return param * (1 - lr * weight_decay), grad
-    return param, axpy(weight_decay, param, grad)
-
-
 def _moments(
-    grad: Tensor, buffers: Buffers, beta1: Number, beta2: Number
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Return t, m_t and v_t."""
+    param: Tensor,
+    grad: Tensor,
+    buffers: Buffers,
+    lr: Number,
+    beta1: Number,
+    beta2: Number,
+    weight_decay: Number,
+    maximize: bool,
+    decoupled: bool,
+) -> tuple[Tensor, Tensor, Buffers]:
+    """Return w, decayed if λ is decoupled (w − η λ w), g_t, and the new t, m_t and v_t."""
+    if decoupled and is_active(weight_decay):
+        param = param * (1 - lr * weight_decay)
+    grad = regularised(param, grad, 0.0 if decoupled else weight_decay, maximize)
     zeros = torch.zeros_like(grad)
-    exp_avg = ema(buffers.get("exp_avg", zeros), beta1, grad)
-    exp_avg_sq = ema_of_square(buffers.get("exp_avg_sq", zeros), beta2, grad)
-    return next_step(buffers), exp_avg, exp_avg_sq
+    new = {
+        "step": next_step(buffers),
+        "exp_avg": ema(buffers.get("exp_avg", zeros), beta1, grad),
+        "exp_avg_sq": ema_of_square(buffers.get("exp_avg_sq", zeros), beta2, grad),
+    }
+    return param, grad, new
 
 
 def adam(
@@ -59,11 +63,10 @@ def adam(
     decoupled_weight_decay: bool,
 ) -> tuple[Tensor, Buffers]:
     """Return (w_t, {t, m_t, v_t}); `amsgrad` divides by the root of the largest v so far."""
-    grad = -grad if maximize else grad
-    param, grad = _decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    step, exp_avg, exp_avg_sq = _moments(grad, buffers, beta1, beta2)
-    t = step.item()
-    new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    param, grad, new = _moments(
+        param, grad, buffers, lr, beta1, beta2, weight_decay, maximize, decoupled_weight_decay
+    )
+    t, exp_avg, exp_avg_sq = new["step"].item(), new["exp_avg"], new["exp_avg_sq"]
     second = exp_avg_sq
     if amsgrad:
         largest = buffers.get("max_exp_avg_sq", torch.zeros_like(param))
@@ -91,23 +94,18 @@ def nadam(
     References:
         Dozat 2016, algorithm 2; torch's products of μ start at 1.
     """
-    grad = -grad if maximize else grad
-    param, grad = _decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    step, exp_avg, exp_avg_sq = _moments(grad, buffers, beta1, beta2)
-    t = step.item()
+    param, grad, new = _moments(
+        param, grad, buffers, lr, beta1, beta2, weight_decay, maximize, decoupled_weight_decay
+    )
+    t, exp_avg, exp_avg_sq = new["step"].item(), new["exp_avg"], new["exp_avg_sq"]
     mu = beta1 * (1 - 0.5 * 0.96 ** (t * momentum_decay))
     mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * momentum_decay))
-    product = _times(buffers.get("mu_product", torch.ones_like(step)), mu)
+    product = _times(buffers.get("mu_product", torch.ones_like(new["step"])), mu)
     product_now = product if isinstance(mu, Tensor) else product.item()
     denominator = square_root(exp_avg_sq / (1 - beta2**t)) + eps
     param = axpy(-lr * (1 - mu) / (1 - product_now), grad / denominator, param)
     param = axpy(-lr * mu_next / (1 - product_now * mu_next), exp_avg / denominator, param)
-    return param, {
-        "step": step,
-        "exp_avg": exp_avg,
-        "exp_avg_sq": exp_avg_sq,
-        "mu_product": product,
-    }
+    return param, {**new, "mu_product": product}
 
 
 def _times(product: Tensor, mu: Number) -> Tensor:
@@ -135,20 +133,20 @@ def radam(
     References:
         Liu et al. 2020, algorithm 2; as in torch, ε is added to √v before the bias correction.
     """
-    grad = -grad if maximize else grad
-    param, grad = _decayed(param, grad, lr, weight_decay, decoupled_weight_decay)
-    step, exp_avg, exp_avg_sq = _moments(grad, buffers, beta1, beta2)
-    t = step.item()
+    param, grad, new = _moments(
+        param, grad, buffers, lr, beta1, beta2, weight_decay, maximize, decoupled_weight_decay
+    )
+    t, exp_avg, exp_avg_sq = new["step"].item(), new["exp_avg"], new["exp_avg_sq"]
     correction2 = 1 - beta2**t
     rho_inf = 2 / (1 - beta2) - 1
     rho = rho_inf - 2 * t * beta2**t / correction2
-    new = {"step": step, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     size = -lr / (1 - beta1**t)
     adaptive = correction2**0.5 / (square_root(exp_avg_sq) + eps)
     if isinstance(rho, Tensor):
         is_tractable = rho > 5
-        safe = torch.where(is_tractable, rho, torch.full_like(rho, 6.0))
-        scale = torch.where(is_tractable, _rectifier(safe, rho_inf) * adaptive, 1.0)
+        six = torch.full_like(rho, 6.0)  # any value at which r_t has a derivative
+        safe = (torch.where(is_tractable, value, six) for value in (rho, rho_inf))
+        scale = torch.where(is_tractable, _rectifier(*safe) * adaptive, 1.0)
         return axpy(size, exp_avg * scale, param), new
     if rho > 5:
         exp_avg = exp_avg * _rectifier(rho, rho_inf) * adaptive

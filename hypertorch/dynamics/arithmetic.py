@@ -22,6 +22,12 @@ def axpy(a: Number, x: Tensor, y: Tensor) -> Tensor:
     return torch.add(y, x, alpha=a)
 
 
+def regularised(param: Tensor, grad: Tensor, weight_decay: Number, maximize: bool) -> Tensor:
+    """Return g_t = ±∇L(w) + λ w: minus where L is maximized."""
+    grad = -grad if maximize else grad
+    return axpy(weight_decay, param, grad) if is_active(weight_decay) else grad
+
+
 def ema(average: Tensor, decay: Number, x: Tensor) -> Tensor:
     """Return decay · average + (1 − decay) · x, the form `lerp` rounds like."""
     return axpy(1 - decay, x - average, average)

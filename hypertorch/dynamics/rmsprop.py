@@ -16,6 +16,7 @@ from .arithmetic import (
     ema_of_square,
     is_active,
     next_step,
+    regularised,
     square_root,
 )
 from .registry import register_dynamics
@@ -35,9 +36,7 @@ def rmsprop(
     maximize: bool,
 ) -> tuple[Tensor, Buffers]:
     """Return (w_t, {t, v_t, b_t, ḡ_t}); b is kept with momentum, ḡ when centred."""
-    grad = -grad if maximize else grad
-    if is_active(weight_decay):
-        grad = axpy(weight_decay, param, grad)
+    grad = regularised(param, grad, weight_decay, maximize)
     zeros = torch.zeros_like(grad)
     variance = ema_of_square(buffers.get("square_avg", zeros), alpha, grad)
     new = {**buffers, "step": next_step(buffers), "square_avg": variance}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import positive, unit_interval
-from .arithmetic import Buffers, Number, axpy, is_active
+from .arithmetic import Buffers, Number, axpy, is_active, regularised
 from .registry import register_dynamics
 
 
@@ -24,9 +24,7 @@ def sgd(
     maximize: bool,
 ) -> tuple[Tensor, Buffers]:
     """Return (w_t, {v_t}); the first v is g itself, undamped, and Nesterov steps along g + μ v."""
-    grad = -grad if maximize else grad
-    if is_active(weight_decay):
-        grad = axpy(weight_decay, param, grad)
+    grad = regularised(param, grad, weight_decay, maximize)
     if is_active(momentum):
         previous = buffers.get("momentum_buffer")
         buffer = grad if previous is None else axpy(1 - dampening, grad, momentum * previous)

@@ -127,3 +127,18 @@ def test_a_weight_without_gradient_gives_no_nan_hypergradient() -> None:
     weights, _ = dynamics.step(weights, 2 * grad, buffers, group, 0)
     (hypergradient,) = torch.autograd.grad(weights.sum(), beta2)
     assert torch.isfinite(hypergradient)
+
+
+@pytest.mark.parametrize("beta2", [0.3, 0.6, 0.9, 0.999])
+def test_radam_before_its_rectification_has_a_hypergradient_of_exactly_zero(beta2: float) -> None:
+    """ρ_t ≤ 5 takes the branch without β₂, where r_t has no derivative and none may leak out."""
+    param = torch.ones(2, requires_grad=True)
+    rate = torch.tensor(beta2, requires_grad=True)
+    optimizer = optim.RAdam([param], lr=0.1)
+    group = {**optimizer.param_groups[0], "beta2": rate}
+    weights, buffers = param, dict[str, Tensor]()
+    for t in range(3):
+        weights, buffers = dynamics_of(optimizer).step(
+            weights, _gradient(weights.detach(), t), buffers, group, 0
+        )
+    assert torch.autograd.grad(weights.sum(), rate)[0].item() == 0
