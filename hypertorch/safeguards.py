@@ -28,9 +28,11 @@ class Safeguards:
     """Watches losses and gradients, and keeps the state to return to.
 
     A loss explodes when it rises above its running level by more than `explosion` times that level
-    (at least a tenth of the first loss) and by more than ten times its usual deviation from it. On
-    a CPU every step is checked before it is made; on an accelerator, where a check would stall it,
-    when the next window opens or closes, and the steps since are rolled back with it.
+    (at least a tenth of the first loss) and by more than ten times its usual deviation from it. One
+    that is as high at the very state rolled back to owes it to its data, or is another loss, and
+    sets a new level. On a CPU every step is checked before it is made; on an accelerator, where a
+    check would stall it, when the next window opens or closes, and the steps since are rolled back
+    with it.
 
     Args:
         explosion: how many levels above its level a loss may rise.
@@ -42,6 +44,7 @@ class Safeguards:
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row = 0
+        self._is_back = False  # no loss has been seen since the last rollback
         self._first: float | None = None
         self._level = self._deviation = 0.0
         self._pending: list[tuple[Tensor, bool]] = []
@@ -104,11 +107,17 @@ class Safeguards:
             raise Diverged("the gradient of the inner loss is not finite")
         if loss is None:
             return
-        if self._first is None:
+        if not self._first:  # none yet, or zero, which says nothing of the loss's scale
             self._first = self._level = loss
         rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
         if rise > max(self.explosion * scale, 10 * self._deviation):
-            raise Diverged(f"the inner loss rose from about {self._level:.3g} to {loss:.3g}")
+            if not self._is_back:
+                raise Diverged(
+                    f"the inner loss rose from about {self._level:.3g} to {loss:.3g}, more than "
+                    f"`Safeguards(explosion={self.explosion:g})` allows"
+                )
+            self._level, rise = loss, 0.0
+        self._is_back = False
         self._level += 0.1 * rise
         self._deviation += 0.1 * (abs(rise) - self._deviation)
 
@@ -141,6 +150,7 @@ class Safeguards:
         self._candidate = None
         self.rollbacks += 1
         self._in_a_row += 1
+        self._is_back = True
         for name, h in hyperparameters.items():
             with torch.no_grad():
                 h.raw.copy_(raws[name])
@@ -166,6 +176,7 @@ class Safeguards:
         return {
             "rollbacks": self.rollbacks,
             "in_a_row": self._in_a_row,
+            "is_back": self._is_back,
             "first": self._first,
             "level": self._level,
             "deviation": self._deviation,
@@ -174,8 +185,8 @@ class Safeguards:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over the counters; the next step remembers the state it starts from."""
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
-        self._first, self._level = state["first"], state["level"]
-        self._deviation = state["deviation"]
+        self._is_back, self._first = state["is_back"], state["first"]
+        self._level, self._deviation = state["level"], state["deviation"]
         self._pending.clear()
         self.forget()
 

@@ -18,6 +18,7 @@ from support import (
     wrapped,
 )
 
+import hypertorch
 from hypertorch import DivergenceError, Safeguards
 
 NAN = float("nan")
@@ -168,6 +169,34 @@ def test_a_hypergradient_that_is_not_a_usable_number_moves_nothing(value):
     assert optimizer.hyperparameters["weight_decay"].raw.item() == decay
     train(model, optimizer, batches(10, seed=7))
     assert optimizer.rollbacks == 1 and optimizer.hypergradients is not None
+
+
+def train_scaled(model, optimizer, factors):
+    """Train on losses times a factor each; return how often it was rolled back."""
+    for factor, (x, y) in zip(factors, batches(len(factors)), strict=True):
+        optimizer.step(factor * mse(model(x), y))
+    return optimizer.rollbacks
+
+
+def test_a_loss_that_starts_at_zero_may_rise():
+    model = network()
+    assert train_scaled(model, wrapped(built("SGD", model), model), [0.0, 0.0, *[1.0] * 12]) == 0
+
+
+def test_another_loss_of_another_size_costs_one_rollback():
+    model = network()
+    optimizer = wrapped(built("Adam", model), model)
+    assert train_scaled(model, optimizer, [1.0] * 20 + [200.0] * 40) == 1
+
+
+def test_a_loss_that_rises_again_after_each_rollback_says_what_is_allowed():
+    model = network()
+    bare = torch.optim.SGD(model.parameters(), lr=1e3)
+    options = {"learn": ["momentum"], "safeguards": Safeguards(patience=4)}
+    with pytest.warns(hypertorch.HypertorchWarning, match="momentum"):
+        optimizer = wrapped(bare, model, **options)
+    with pytest.raises(DivergenceError, match=r"more than `Safeguards\(explosion=5\)` allows"):
+        train(model, optimizer, batches(60))
 
 
 def test_after_repeated_failure_it_gives_up_and_says_what_to_change():
