@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from .errors import ArgumentError
 
 #: Buffers that torch keeps on the host, whatever the device of the weights.
-_HOST_BUFFERS = ("step", "mu_product")
+HOST_BUFFERS = ("step", "mu_product")
 
 
 class FastParameter(torch.Tensor):
@@ -120,14 +120,14 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
     params = [p for group in optimizer.param_groups for p in group["params"]]
     for key, param in zip(keys, params, strict=True):
         for name, value in state_dict["state"].get(key, {}).items():
-            if name in _HOST_BUFFERS and isinstance(value, Tensor):
+            if name in HOST_BUFFERS and isinstance(value, Tensor):
                 optimizer.state[param][name] = value.detach().clone().cpu()
 
 
 def _settled(key: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value
-    if key in _HOST_BUFFERS:
+    if key in HOST_BUFFERS:
         wide = torch.get_default_dtype() == torch.float64
         return value.detach().to("cpu", torch.float64 if wide else torch.float32, copy=True)
     return value.detach().clone()

@@ -7,7 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from support import batches, mlp, train, wrapped
+from support import OPTIMIZERS, batches, built, mlp, mse, train, wrapped
 
 import hypertorch
 from hypertorch import Hyperparameter, HypertorchWarning, interval, positive, simplex, unit_interval
@@ -108,6 +108,20 @@ def test_wrapping_gives_hyperparameters_the_precision_of_the_weights():
     bare = torch.optim.SGD(half.parameters(), lr=0.1)
     optimizer = hypertorch.HyperOptimizer(bare, half, lambda: half.weight.sum(), learn=["lr"])
     assert optimizer.hyperparameters["lr"]().dtype == torch.float32
+
+
+@pytest.mark.parametrize("granularity", ["shared", "group", "tensor", "element"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_weights_and_buffers_in_bfloat16_stay_in_it(name, granularity):
+    model, data = mlp().bfloat16(), [(x.bfloat16(), y.bfloat16()) for x, y in batches(12)]
+    learn = dict.fromkeys(("lr", "weight_decay"), granularity)
+    outer_loss = hypertorch.ValidationLoss(model, mse, data)
+    optimizer = wrapped(built(name, model), model, learn=learn, outer_loss=outer_loss)
+    train(model, optimizer, data)
+    optimizer.close()
+    assert optimizer.hypergradients["lr"].dtype == torch.float32
+    buffers = [v for p in model.parameters() for v in optimizer.state[p].values() if v.dim()]
+    assert {t.dtype for t in [*model.parameters(), *buffers]} == {torch.bfloat16}
 
 
 def test_it_never_leaves_its_bounds():

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..constraints import Constraint
 from ..errors import ArgumentError, UnsupportedError, did_you_mean, listed
+from ..state import HOST_BUFFERS
 from .arithmetic import Buffers
 
 Update = Callable[..., tuple[Tensor, Buffers]]
@@ -52,7 +53,14 @@ class Dynamics:
         self, param: Tensor, grad: Tensor, buffers: Buffers, group: Mapping[str, Any], index: int
     ) -> tuple[Tensor, Buffers]:
         """Return Φ of one tensor, with the settings that `group` holds for it."""
-        return self.update(param, grad, buffers, **self.settings(group, index))
+        new, buffers = self.update(param, grad, buffers, **self.settings(group, index))
+        if new.dtype == param.dtype:
+            return new, buffers
+        # A setting per element is wider than a half-precision weight, and would widen it.
+        return new.to(param.dtype), {
+            k: v.to(param.dtype) if isinstance(v, Tensor) and k not in HOST_BUFFERS else v
+            for k, v in buffers.items()
+        }
 
 
 class _Unrolled(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
