@@ -13,10 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import ArgumentError
+from .errors import ArgumentError, WindowError
 
 #: Buffers that torch keeps on the host, whatever the device of the weights.
 HOST_BUFFERS = ("step", "mu_product")
+
+
+_NOT_IN_A_WINDOW = (
+    "{} has to wait: a window is open, and its graph holds the weight. "
+    "Call `optimizer.close()` first."
+)
 
 
 class FastParameter(torch.Tensor):
@@ -34,6 +40,31 @@ class FastParameter(torch.Tensor):
     def grad(self) -> None:  # type: ignore[override]
         """None: the gradient of a fast weight never accumulates."""
         return None
+
+    @property
+    def data(self) -> Tensor:
+        """The value, cut from the graph, which still sees what is written to it."""
+        return self.detach()
+
+    @data.setter
+    def data(self, value: Tensor) -> None:
+        if value is not self:
+            raise WindowError(_NOT_IN_A_WINDOW.format("Moving or replacing a weight (`.data = …`)"))
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether it is differentiated; a weight cannot be frozen while its window lasts."""
+        return bool(torch.Tensor.requires_grad.__get__(self))  # type: ignore[attr-defined]
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if not value:
+            raise WindowError(_NOT_IN_A_WINDOW.format("Freezing a weight"))
+
+    def requires_grad_(self, requires_grad: bool = True) -> "FastParameter":
+        """Do nothing, or refuse to freeze a weight while its window lasts."""
+        self.requires_grad = requires_grad
+        return self
 
     def _value(self) -> Tensor:
         return self.detach().clone().as_subclass(torch.Tensor)

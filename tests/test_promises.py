@@ -283,7 +283,17 @@ def test_in_a_window_a_weight_has_no_accumulated_gradient():
     assert all(isinstance(p, nn.Parameter) for p in model.parameters())
 
 
-def test_a_weight_written_to_in_a_window_is_what_training_goes_on_from():
+@torch.no_grad()
+def write(weight):
+    weight.mul_(0.5)
+
+
+def write_to_data(weight):
+    weight.data.mul_(0.5)
+
+
+@pytest.mark.parametrize("halve", [write, write_to_data])
+def test_a_weight_written_to_in_a_window_is_what_training_goes_on_from(halve):
     (model, optimizer), twin = setup("Adam"), network(dropout=0.3)
     other = built("Adam", twin)
     data = batches(5)
@@ -291,13 +301,41 @@ def test_a_weight_written_to_in_a_window_is_what_training_goes_on_from():
     torch.manual_seed(0)
     train_plainly(twin, other, data[:2])
     for m in (model, twin):
-        with torch.no_grad():
-            m[0].weight.mul_(0.5)
+        halve(m[0].weight)
     torch.manual_seed(1)
     train(model, optimizer, data[2:3])
     torch.manual_seed(1)
     train_plainly(twin, other, data[2:3])
     assert_close(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("halve", [write, write_to_data])
+def test_a_weight_written_to_in_a_window_starts_what_is_differentiated(halve):
+    model, optimizer = setup("Adam")
+    twin = network(dropout=0.3)
+    data = batches(3)
+    train(model, optimizer, data[:1])
+    halve(model[0].weight)
+    train(model, optimizer, data[1:2])
+    optimizer.close()
+    twin.load_state_dict(model.state_dict())
+    bare = built("Adam", twin)
+    bare.load_state_dict(copy.deepcopy(optimizer.optimizer.state_dict()))
+    other = wrapped(bare, twin, window=1)
+    torch.manual_seed(1)
+    train(model, optimizer, data[2:])
+    torch.manual_seed(1)
+    train(twin, other, data[2:])
+    for name, hypergradient in optimizer.hypergradients.items():
+        torch.testing.assert_close(hypergradient, other.hypergradients[name], rtol=1e-9, atol=0.0)
+
+
+def test_a_model_can_be_moved_to_where_it_is_in_a_window():
+    model, optimizer = setup()
+    train(model, optimizer, batches(1))
+    model.to("cpu").double().requires_grad_()
+    train(model, optimizer, batches(4))
+    assert optimizer.hypergradients is not None
 
 
 def test_everything_that_a_plain_step_touches_is_what_the_bare_step_touches():
