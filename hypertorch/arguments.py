@@ -1,7 +1,8 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from .errors import (
     ArgumentTypeError,
     HypertorchWarning,
     UnsupportedError,
+    WindowError,
     did_you_mean,
 )
 from .hypergradients import Engine
@@ -177,6 +179,20 @@ def check_loss(loss: Any, what: str) -> None:
             f"{what} has no graph. Compute it from the model, outside `torch.no_grad()` and "
             "without `.detach()`."
         )
+
+
+@contextmanager
+def one_backward() -> Iterator[None]:
+    """Say what to remove where the user has run backward before `step(loss)` does."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "backward through the graph a second time" not in str(error):
+            raise
+        raise WindowError(
+            "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
+            "remove `loss.backward()`, or make a plain step, `step()`, after it."
+        ) from error
 
 
 def group_params(param_group: Any) -> list[Tensor]:

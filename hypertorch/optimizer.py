@@ -184,11 +184,12 @@ class HyperOptimizer(OptimizerWrapper):
         if not has_gradients:
             arguments.check_loss(loss, "The inner loss")
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
-        if self._loop is None:
-            self._plain_step(loss, has_gradients)
-            self._steps += 1
-        else:
-            self._learning_step(self._loop, loss, has_gradients)
+        with arguments.one_backward():
+            if self._loop is None:
+                self._plain_step(loss, has_gradients)
+                self._steps += 1
+            else:
+                self._learning_step(self._loop, loss, has_gradients)
         return loss
 
     def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, bool]:

@@ -22,6 +22,30 @@ STALE = (
 NO_GRAPH = (
     "{} has no graph. Compute it from the model, outside `torch.no_grad()` and without `.detach()`."
 )
+USED_UP = (
+    "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
+    "remove `loss.backward()`, or make a plain step, `step()`, after it."
+)
+WAIT = (
+    "{} has to wait: a window is open, and its graph holds the weight. "
+    "Call `optimizer.close()` first."
+)
+
+
+def after_backward(prepare: Callable[[Bench], Any]) -> Callable[[Bench], torch.Tensor]:
+    """Return a preparation of a loss on which the user has called backward."""
+
+    def prepared(bench: Bench) -> torch.Tensor:
+        prepare(bench)
+        loss = bench.loss()
+        loss.backward()
+        return loss
+
+    return prepared
+
+
+def freeze(bench: Bench, wrapper: HyperOptimizer) -> None:
+    bench.model[0].weight.requires_grad = False
 
 
 def stale_loss(bench: Bench) -> torch.Tensor:
@@ -148,6 +172,36 @@ USE = [
         "a loss whose step has been made", lambda b, loss: b.wrapper.step(loss), STALE, stale_loss
     ),
     window_error(
+        "a loss whose backward has been run at a window's start",
+        lambda b, loss: b.wrapper.step(loss),
+        USED_UP,
+        after_backward(Bench.wrap),
+    ),
+    window_error(
+        "a loss whose backward has been run in a window",
+        lambda b, loss: b.wrapper.step(loss),
+        USED_UP,
+        after_backward(Bench.in_window),
+    ),
+    window_error(
+        "a weight that is frozen in a window",
+        freeze,
+        WAIT.format("Freezing a weight"),
+        Bench.in_window,
+    ),
+    window_error(
+        "a layer that is frozen in a window",
+        lambda b, wrapper: b.model[0].requires_grad_(False),
+        WAIT.format("Freezing a weight"),
+        Bench.in_window,
+    ),
+    window_error(
+        "a model that is converted in a window",
+        lambda b, wrapper: b.model.float(),
+        WAIT.format("Moving or replacing a weight (`.data = …`)"),
+        Bench.in_window,
+    ),
+    window_error(
         "step() with nothing at all", lambda b, wrapper: wrapper.step(), NO_GRADIENT, Bench.wrap
     ),
     window_error(
@@ -253,6 +307,13 @@ OUTER = [
         lambda b, wrapper: wrapper.step(b.loss()),
         NO_GRAPH.format("The outer loss"),
         with_outer(lambda b: b.model[0].weight.sum().detach()),
+    ),
+    window_error(
+        "the outer loss of another model",
+        lambda b, wrapper: wrapper.step(b.loss()),
+        "The outer loss does not depend on the weights that train. Compute it from the `model` "
+        "that was wrapped, not from a copy or an average of it.",
+        with_outer(lambda b: b.loss(model=b.other)),
     ),
 ]
 

@@ -93,18 +93,30 @@ class UnrolledWindow(Window):
         """Return dE/dλ; one that E does not depend on is exactly zero.
 
         Raises:
-            WindowError: the graph was written to or freed meanwhile.
+            WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
         values = [h.value for h in hyperparameters.values()]
         try:
-            gradients = torch.autograd.grad(
-                outer_loss, values, allow_unused=True, materialize_grads=True
-            )
+            gradients = torch.autograd.grad(outer_loss, values, allow_unused=True)
+            if all(gradient is None for gradient in gradients):
+                self._check_outer_dependence(outer_loss)
         except RuntimeError as error:
             if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
                 raise _broken_graph() from error
             raise
-        return dict(zip(hyperparameters, gradients, strict=True))
+        return {
+            name: torch.zeros_like(value) if gradient is None else gradient
+            for name, value, gradient in zip(hyperparameters, values, gradients, strict=True)
+        }
+
+    def _check_outer_dependence(self, outer_loss: Tensor) -> None:
+        trainable = [p for p in self.params if p.requires_grad]
+        gradients = torch.autograd.grad(outer_loss, trainable, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise WindowError(
+                "The outer loss does not depend on the weights that train. Compute it from the "
+                "`model` that was wrapped, not from a copy or an average of it."
+            )
 
     def close(self) -> None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
