@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_loss, place
+from .arguments import check_loss, check_references, place
 from .double_backward import TwiceDifferentiable
 from .hypergradients import Engine, Window
 from .hyperparameters import Hyperparameter, Setting
@@ -154,6 +154,8 @@ class OuterLoop:
         if not self._open:
             self.safeguards.settle()
             self._remember()
+        elif self.hypergradients is None:  # once is enough: in the first window
+            check_references(loss, self._open[0].params, self._slots.params)
         window = self._open[0] if self._open else self._new_window()
         window.step(loss, self.groups.overrides(), lambda grads: self.safeguards.watch(loss, grads))
         self._open[:] = [window]

@@ -44,6 +44,13 @@ def after_backward(prepare: Callable[[Bench], Any]) -> Callable[[Bench], torch.T
     return prepared
 
 
+def with_old_penalty(bench: Bench) -> torch.Tensor:
+    """Return a loss in a window, with a penalty on a list of weights made before it."""
+    listed = list(bench.model.parameters())
+    bench.in_window()
+    return bench.loss() + sum(p.square().sum() for p in listed)
+
+
 def freeze(bench: Bench, wrapper: HyperOptimizer) -> None:
     bench.model[0].weight.requires_grad = False
 
@@ -200,6 +207,14 @@ USE = [
         lambda b, wrapper: b.model.float(),
         WAIT.format("Moving or replacing a weight (`.data = …`)"),
         Bench.in_window,
+    ),
+    window_error(
+        "a penalty on weights that were listed before the window",
+        lambda b, loss: b.wrapper.step(loss),
+        "The loss uses a weight as it was when the window opened, from a reference that was taken "
+        "before. Take weights from the model in every step: "
+        "`model.parameters()`, `model.layer.weight`.",
+        with_old_penalty,
     ),
     window_error(
         "step() with nothing at all", lambda b, wrapper: wrapper.step(), NO_GRADIENT, Bench.wrap
