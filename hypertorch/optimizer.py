@@ -5,6 +5,7 @@ The shell a user holds: what torch expects of an optimizer, and which step is wh
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ class HyperOptimizer(OptimizerWrapper):
             such as `functools.partial(torch.optim.Adam, lr=0.05)`. Default: `GatedSign`. `None`
             switches learning off.
         writer: a TensorBoard `SummaryWriter`, for one point per outer update.
-        safeguards: when to roll back and for how long; default `Safeguards()`.
+        safeguards: when to roll back and for how long; default `Safeguards()`. It is copied.
 
     Attributes:
         hyperparameters: the learned `Hyperparameter` objects by name; call one for its λ.
@@ -131,7 +132,7 @@ class HyperOptimizer(OptimizerWrapper):
                 self.hyperparameters,
                 engine or Unroll(),
                 outer,
-                safeguards or Safeguards(),
+                deepcopy(safeguards or Safeguards()),
                 rhythm,
             )
         self._monitor = self._new_monitor(writer)

@@ -234,6 +234,20 @@ def test_without_a_learned_rate_a_rollback_leaves_the_rate():
     assert optimizer.param_groups[0]["lr"] == 0.02
 
 
+def test_one_safeguards_object_serves_two_optimizers():
+    shared, models = Safeguards(), [network(), network()]
+    first, second = [wrapped(built("Adam", m), m, safeguards=shared) for m in models]
+    for batch in batches(7):
+        for model, optimizer in zip(models, (first, second), strict=True):
+            train(model, optimizer, [batch])
+    second.close()
+    held = weights(models[1])
+    train(models[0], first, [poisoned(batches(1)[0])])
+    assert (first.rollbacks, second.rollbacks) == (1, 0)
+    assert_identical(weights(models[1]), held)
+    assert set(first.state) == set(models[0].parameters())
+
+
 def test_a_rollback_divides_every_rate_that_is_learned():
     model = network()
     optimizer = wrapped(
