@@ -4,6 +4,7 @@ Every `update_every` training steps the first `window` of them are differentiate
 end dE/dλ moves ρ, and λ = c(ρ) goes on training the weights.
 """
 
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import check_loss, check_references, place
 from .double_backward import TwiceDifferentiable
+from .errors import HypertorchWarning
 from .hypergradients import Engine, Window
 from .hyperparameters import Hyperparameter, Setting
 from .outer import OuterFactory
@@ -69,6 +71,7 @@ class OuterLoop:
         self.groups = LearnedGroups(optimizer, settings)
         self.position, self.overhead = 0, 0.0
         self._age = 0  # steps since the state to roll back to
+        self._cuts = 0
         self._losses: list[Tensor] = []
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
@@ -171,6 +174,15 @@ class OuterLoop:
             return False
         grads = torch.autograd.grad(loss, self._open[0].params, allow_unused=True)
         self.close()
+        self._cuts += 1
+        if self._cuts == 3:
+            warnings.warn(
+                "Weights were written to between the steps of a window, for the third time. That "
+                "cuts the window short, and little is learned. Make the change a part of the model "
+                "(torch.nn.utils.parametrize), or make it once per `update_every` steps.",
+                HypertorchWarning,
+                stacklevel=5,
+            )
         for param, grad in zip(self._params(), grads, strict=True):
             param.grad = grad
         return True

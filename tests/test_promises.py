@@ -29,7 +29,7 @@ from torch.optim.optimizer import (
 )
 
 import hypertorch
-from hypertorch import HyperOptimizer
+from hypertorch import HyperOptimizer, HypertorchWarning
 
 
 def setup(name="SGD with momentum", **options):
@@ -328,6 +328,15 @@ def test_a_weight_written_to_in_a_window_starts_what_is_differentiated(halve):
     train(twin, other, data[2:])
     for name, hypergradient in optimizer.hypergradients.items():
         torch.testing.assert_close(hypergradient, other.hypergradients[name], rtol=1e-9, atol=0.0)
+
+
+def test_weights_that_are_clipped_after_every_step_are_warned_of_once():
+    model, optimizer = setup()
+    with pytest.warns(HypertorchWarning, match="for the third time") as caught:
+        for batch in batches(20):
+            train(model, optimizer, [batch])
+            model[0].weight.data.clamp_(-0.5, 0.5)
+    assert len(caught) == 1 and caught[0].filename.endswith("support.py")
 
 
 def test_a_model_can_be_moved_to_where_it_is_in_a_window():
