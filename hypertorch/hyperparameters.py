@@ -62,6 +62,9 @@ class Hyperparameter:
         self.bounds = bounds
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ArgumentError(f"`bounds` of `{self.name}` must be ordered. Got {bounds}.")
+        self._raw_bounds = [
+            to_raw(torch.tensor(b, dtype=torch.float64), constraint).item() for b in bounds or ()
+        ]
         self.set(_as_tensor(value, self.name))
 
     def set(self, value: Tensor) -> None:
@@ -96,11 +99,9 @@ class Hyperparameter:
 
     def clamp_(self) -> None:
         """Bring λ back inside `bounds`, if there are any."""
-        if self.bounds is None:
-            return
-        lower, upper = (self.raw.new_tensor(bound) for bound in self.bounds)
-        with torch.no_grad():
-            self.raw.clamp_(to_raw(lower, self.constraint), to_raw(upper, self.constraint))
+        if self.bounds is not None:
+            with torch.no_grad():
+                self.raw.clamp_(*self._raw_bounds)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move ρ and λ to where the weights are."""

@@ -61,21 +61,22 @@ class GatedSign(torch.optim.Optimizer):
             state["seen"] = torch.zeros_like(raw)
             state["mean"], state["rms"] = torch.zeros_like(raw), torch.zeros_like(raw)
         informs = gradient != 0
-        state["seen"] += informs
-        mean, rms = state["mean"], state["rms"]
-        mean += torch.where(informs, (1 - decay) * (gradient - mean), 0.0)
+        mean, rms, seen = state["mean"], state["rms"], state["seen"]
+        seen += informs
+        mean.addcmul_(gradient - mean, informs, value=1 - decay)
         # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
         spread = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
         rms.copy_(torch.where(informs, spread, rms))
-        t = _t_statistic(mean, rms, state["seen"], decay)
+        t = _t_statistic(mean, rms, 1 - decay**seen, decay)
         confidence = ((t.abs() - 1) / 2).clamp(0, 1)
-        raw -= torch.where(informs, max_step * t.sign() * confidence, 0.0)
+        raw.addcmul_(t.sign() * confidence, informs, value=-max_step)
 
 
-def _t_statistic(mean: Tensor, rms: Tensor, seen: Tensor, decay: float) -> Tensor:
-    """Return m̂ / √((ŝ − m̂²) / n), with n = (Σ w)² / Σ w² for the weights w of the average."""
-    total = 1 - decay**seen
-    ratio = (mean / total) / (rms / total.sqrt())
-    n = total**2 * (1 + decay) / ((1 - decay) * (1 - decay ** (2 * seen)))
-    noise = ((1 - ratio * ratio).clamp(min=0) / n).sqrt()
-    return torch.nan_to_num(ratio / noise, nan=0.0)
+def _t_statistic(mean: Tensor, rms: Tensor, total: Tensor, decay: float) -> Tensor:
+    """Return m̂ / √((ŝ − m̂²) / n), hats dividing by the weights' sum, `total` = Σ w = 1 − γ^k.
+
+    n = (Σ w)² / Σ w² = (1 + γ) / (1 − γ) · total / (2 − total).
+    """
+    ratio = mean / (rms * total.sqrt())  # m̂ / √ŝ
+    n = (1 + decay) / (1 - decay) * total / (2 - total)
+    return torch.nan_to_num(ratio * (n / (1 - ratio * ratio).clamp(min=0)).sqrt(), nan=0.0)

@@ -69,11 +69,13 @@ class UnrolledWindow(Window):
         def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
             _check_dependence(grads)
             check(grads)
+            self._unrolled._track_higher_grads = True  # the step itself always belongs to the graph
             return grads
 
-        if self._gradient_is_constant:
-            loss = _linear(loss, self.params)
-            self._gradient_is_constant = False
+        # The first step starts from constants, so its gradient is one, unless the loss has a
+        # hyperparameter of its own: no second derivative of that loss is ever asked for.
+        self._unrolled._track_higher_grads = not self._gradient_is_constant
+        self._gradient_is_constant = False
         self._follow_live_groups()
         params = self._unrolled.step(
             loss, params=self.params, override=overrides, grad_callback=checked
@@ -122,19 +124,6 @@ class UnrolledWindow(Window):
         """Write the fast weights and buffers to the live parameters and optimizer."""
         self._slots.hand_back(self.params)
         set_buffers(self._optimizer, self._unrolled.state)
-
-
-def _linear(loss: Tensor, params: Sequence[Tensor]) -> Tensor:
-    """Return ⟨∇loss, w⟩: the same gradient, and no graph behind it.
-
-    The first step of a window starts from constants, so its gradient is one, unless the loss has a
-    hyperparameter of its own; a second derivative of that loss is never asked for.
-    """
-    trainable = [p for p in params if p.requires_grad]
-    grads = torch.autograd.grad(loss, trainable, allow_unused=True)
-    _check_dependence(grads)
-    pairs = zip(grads, trainable, strict=True)
-    return sum(((g * p).sum() for g, p in pairs if g is not None), start=loss.new_zeros(()))
 
 
 def _check_dependence(grads: Sequence[Tensor | None]) -> None:
