@@ -3,6 +3,8 @@
 A setting is a Python float where it is fixed and a tensor where it is learned.
 """
 
+from typing import Any, cast
+
 import torch
 from torch import Tensor
 
@@ -15,11 +17,36 @@ def is_active(setting: Number) -> bool:
     return isinstance(setting, Tensor) or setting != 0
 
 
+class _Axpy(torch.autograd.Function):
+    """y + a x with a scalar a, whose derivative in a is ⟨g, x⟩, by one pass that keeps nothing.
+
+    Autograd's own would write out g ∘ x before it sums, as large as the weights, at every use of
+    every learned setting.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(a, x)
+        return torch.addcmul(y, x, a)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        a, x = ctx.saved_tensors
+        wants_a, wants_x, wants_y = ctx.needs_input_grad
+        return (
+            torch.dot(grad.flatten(), x.flatten()).to(a.dtype) if wants_a else None,
+            grad * a if wants_x else None,
+            grad if wants_y else None,
+        )
+
+
 def axpy(a: Number, x: Tensor, y: Tensor) -> Tensor:
     """Return y + a x, in one operation."""
-    if isinstance(a, Tensor):
-        return torch.addcmul(y, x, a)
-    return torch.add(y, x, alpha=a)
+    if not isinstance(a, Tensor):
+        return torch.add(y, x, alpha=a)
+    if a.dim() == 0 and x.dtype == y.dtype:
+        return cast(Tensor, _Axpy.apply(a, x, y))
+    return torch.addcmul(y, x, a)
 
 
 def regularised(param: Tensor, grad: Tensor, weight_decay: Number, maximize: bool) -> Tensor:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, optim
 
 from hypertorch.dynamics import dynamics_of
+from hypertorch.dynamics.arithmetic import axpy
 
 STEPS = 5
 flag = st.booleans()
@@ -142,3 +143,14 @@ def test_radam_before_its_rectification_has_a_hypergradient_of_exactly_zero(beta
             weights, _gradient(weights.detach(), t), buffers, group, 0
         )
     assert torch.autograd.grad(weights.sum(), rate)[0].item() == 0
+
+
+def test_a_scaled_sum_has_the_first_and_second_derivatives_that_autograd_finds() -> None:
+    a = torch.tensor(0.7, requires_grad=True)
+    x, y = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
+
+    def curved(a: Tensor, x: Tensor, y: Tensor) -> Tensor:
+        return axpy(a, x * a, y * x).sin()
+
+    assert torch.autograd.gradcheck(curved, (a, x, y))
+    assert torch.autograd.gradgradcheck(curved, (a, x, y))
