@@ -142,7 +142,8 @@ def _broken_graph() -> WindowError:
     return WindowError(
         "The window cannot be differentiated: something wrote to a tensor in its graph, or ran "
         "backward through it. Where its losses use weights that another optimizer trains, wrap "
-        "that one too, with the same `window` and `update_every`."
+        "that one too, with the same `window` and `update_every`, and detach what a loss does "
+        "not train."
     )
 
 
