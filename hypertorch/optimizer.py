@@ -4,7 +4,7 @@ The shell a user holds: what torch expects of an optimizer, and which step is wh
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -21,7 +21,7 @@ from .monitor import Monitor
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop, OuterLoss
 from .safeguards import Diverged, Safeguards
-from .state import Slots, load_optimizer, set_buffers
+from .state import Slots, load_optimizer
 from .wrapper import OptimizerWrapper
 
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
@@ -64,10 +64,6 @@ class HyperOptimizer(OptimizerWrapper):
 
     Attributes:
         hyperparameters: the learned `Hyperparameter` objects by name; call one for its λ.
-        hypergradients: dE/dλ of the latest outer update by name, in λ's units; `None` before.
-        outer_loss_value: E of the latest outer update; `None` before.
-        cost: what the run has cost so far, in plain training steps.
-        rollbacks: how often the safeguards rolled back.
 
     Raises:
         ArgumentTypeError, ArgumentError: an argument cannot work; everything is left untouched.
@@ -193,19 +189,6 @@ class HyperOptimizer(OptimizerWrapper):
                 self._learning_step(self._loop, loss, has_gradients)
         return loss
 
-    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
-        """Return the closure's loss and whether the closure has called backward itself."""
-        seen: list[Tensor] = []
-        trainable = [p for p in self._params() if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(seen.append) for p in trainable]
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return loss, bool(seen)
-
     def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
         try:
             loop.see_to_snapshot()
@@ -241,32 +224,7 @@ class HyperOptimizer(OptimizerWrapper):
             with self._loop.groups.effective():
                 self._wrapped_step()
         else:
-            self._step_by_dynamics(self._loop.groups.overrides())
-
-    def _gradients(self) -> list[Tensor | None]:
-        """Return the gradients to step along, of which there must be one."""
-        grads = [p.grad for p in self._params()]
-        if all(grad is None for grad in grads):
-            raise WindowError(
-                "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
-                "`loss.backward()` on a loss of this optimizer's model first."
-            )
-        return grads
-
-    @torch.no_grad()
-    def _step_by_dynamics(self, overrides: Mapping[str, list[Any]]) -> None:
-        """Step by Φ itself: torch's optimizers have no setting per tensor or element."""
-        new = []
-        for g, group in enumerate(self.param_groups):
-            group = {**group, **{name: by_group[g] for name, by_group in overrides.items()}}
-            states = {}
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    buffers = dict(self.state[param])
-                    value, states[i] = self._dynamics.step(param, param.grad, buffers, group, i)
-                    param.copy_(value)
-            new.append(states)
-        set_buffers(self.optimizer, new)
+            self._loop.groups.step_by(self._dynamics)
 
     def _refuse_or_warn(self, loop: OuterLoop) -> None:
         """Say what a step without a loss means where a window is open or due."""
@@ -302,15 +260,8 @@ class HyperOptimizer(OptimizerWrapper):
         if writer is None or self._loop is None:
             return None
         start = {f"initial {n}": h().mean().item() for n, h in self.hyperparameters.items()}
-        choices = {
-            "optimizer": type(self.optimizer).__name__,
-            "engine": repr(self._loop.engine),
-            "outer": type(self._loop.rule).__name__,
-            "window": self._loop.window,
-            "update_every": self._loop.update_every,
-        }
         values = {name: h() for name, h in self.hyperparameters.items()}
-        return Monitor(writer, {**choices, **start}, values)
+        return Monitor(writer, {**self._loop.choices(), **start}, values)
 
     def _record(self, loop: OuterLoop) -> None:
         if self._monitor is None or loop.hypergradients is None:

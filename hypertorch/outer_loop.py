@@ -274,6 +274,16 @@ class OuterLoop:
         self.position = 0
         self.cut()
 
+    def choices(self) -> dict[str, str | int]:
+        """Return what was chosen for this run, by name."""
+        return {
+            "optimizer": type(self.optimizer).__name__,
+            "engine": repr(self.engine),
+            "outer": type(self.rule).__name__,
+            "window": self.window,
+            "update_every": self.update_every,
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return ρ, the outer rule's state, the safeguards' and the outer loss's."""
         outer_state = getattr(self.outer_loss, "state_dict", None)

@@ -15,9 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamics import read_setting, write_setting
+from .dynamics import Dynamics, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
 from .hyperparameters import Setting
+from .state import set_buffers
 
 
 class LearnedGroups:
@@ -142,6 +143,21 @@ class LearnedGroups:
         finally:
             for group, lr in zip(self._groups, visible, strict=True):
                 group["lr"] = lr
+
+    @torch.no_grad()
+    def step_by(self, dynamics: Dynamics) -> None:
+        """Step along `.grad` by Φ itself: torch has no setting per tensor or element."""
+        overrides, states = self.overrides(), self.optimizer.state
+        new: list[dict[int, dict[str, Tensor]]] = []
+        for g, live in enumerate(self._groups):
+            group = {**live, **{name: by_group[g] for name, by_group in overrides.items()}}
+            new.append({})
+            for i, param in enumerate(group["params"]):
+                if param.grad is not None:
+                    buffers = dict(states[param])
+                    value, new[g][i] = dynamics.step(param, param.grad, buffers, group, i)
+                    param.copy_(value)
+        set_buffers(self.optimizer, new)
 
     def _check_nobody_else_wrote(self) -> None:
         for name, values in self._published.items():
