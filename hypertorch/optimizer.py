@@ -221,8 +221,7 @@ class HyperOptimizer(OptimizerWrapper):
             return
         self._loop.safeguards.watch(loss if isinstance(loss, Tensor) else None, grads)
         if self._loop.groups.are_scalar:
-            with self._loop.groups.effective():
-                self._wrapped_step()
+            self._loop.groups.step(self._wrapped_step)
         else:
             self._loop.groups.step_by(self._dynamics)
 

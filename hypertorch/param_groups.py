@@ -8,8 +8,7 @@ when it was made; neither may move under it. So a group's `lr` holds reference �
 While no scheduler is attached, the reference follows what is learned, and `lr` is η_t itself.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -128,18 +127,16 @@ class LearnedGroups:
             return [float(group["lr"]) for group in self._groups]
         return [value * self.schedule(g) for g, value in enumerate(learned)]
 
-    @contextmanager
-    def effective(self) -> Iterator[None]:
-        """Within, every group's `lr` is η_t, as torch's own step needs it."""
+    def step(self, step: Callable[[], None]) -> None:
+        """Call torch's own `step` with η_t as every group's `lr`."""
         self._check_nobody_else_wrote()
         if "lr" not in self.settings or not any("initial_lr" in g for g in self._groups):
-            yield  # `lr` is η_t already
-            return
+            return step()  # `lr` is η_t already
         visible = [group["lr"] for group in self._groups]
         for group, lr in zip(self._groups, self.effective_lr(), strict=True):
             group["lr"] = lr
         try:
-            yield
+            step()
         finally:
             for group, lr in zip(self._groups, visible, strict=True):
                 group["lr"] = lr

@@ -85,12 +85,12 @@ class Safeguards:
             loss: `None` where nothing but its gradient is known.
             grads: the gradient.
         """
-        present = [g for g in grads if g is not None]
-        if present[0].device.type == "cpu":
-            self._judge(None if loss is None else loss.item(), _probe(present).sum().item())
+        probe = _probe(grads)
+        if probe.is_cpu:
+            self._judge(None if loss is None else loss.item(), probe.sum().item())
             self._promote()
         else:
-            norm = torch.nn.utils.get_total_norm(present).detach()
+            norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None]).detach()
             seen = norm if loss is None else loss.detach().to(norm).reshape(())
             self._pending.append((torch.stack([seen, norm]), loss is not None))
 
@@ -203,11 +203,14 @@ def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:
     return {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
 
 
-def _probe(grads: Sequence[Tensor]) -> Tensor:
+def _probe(grads: Sequence[Tensor | None]) -> Tensor:
     """Return the gradient in which an error anywhere shows: that of the first bias, or the first.
 
     Backpropagation carries what is not finite down to the first layer, and reading every gradient
     would cost a tenth of a small network's step. What slips through shows in the next loss, or in
     the weights when the next window opens, and is rolled back from there.
     """
-    return next((g for g in grads if g.dim() == 1), grads[0])
+    for grad in grads:
+        if grad is not None and grad.dim() == 1:
+            return grad
+    return next(grad for grad in grads if grad is not None)

@@ -55,7 +55,7 @@ ON_THE_COMMAND_LINE = {
     "run.schedule=step": "command line: `run.schedule`: Invalid value 'step', expected one of "
     "[constant, linear, cosine].",
     "experiment=digit": "No experiment is called `digit`. Did you mean `digits`? Available: demo, "
-    "digits, fashion_mnist, resnet18.",
+    "demo_mlp, digits, fashion_mnist, resnet18.",
     "~optimizer": "command line: `optimizer` has no value. Give it one.",
 }
 
