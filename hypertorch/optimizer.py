@@ -190,14 +190,15 @@ class HyperOptimizer(OptimizerWrapper):
         return loss
 
     def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
+        was_due = loop.is_window_due
         try:
             loop.see_to_snapshot()
-            if loop.is_window_due and has_gradients and loop.engine.needs_loss:
+            if was_due and has_gradients and loop.engine.needs_loss:
                 self._refuse_or_warn(loop)
                 self._plain_step(loss, has_gradients)
                 self._steps += 1
                 return
-            if not loop.is_window_due:
+            if not was_due:
                 self._plain_step(loss, has_gradients)
             elif loop.gradients_outside(loss):
                 self._plain_step(loss, has_gradients=True)
@@ -208,7 +209,8 @@ class HyperOptimizer(OptimizerWrapper):
                 self._record(loop)
         except Diverged as reason:
             loop.roll_back(reason)
-        loop.get_ready()
+        if was_due or loop.is_window_due:
+            loop.get_ready()
 
     def _plain_step(self, loss: Any, has_gradients: bool) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""

@@ -33,6 +33,7 @@ class LearnedGroups:
         self.settings = dict(settings)
         self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
         self._published: dict[str, list[float]] = {}
+        self._expected: list[tuple[int, str, float]] = []  # what the groups must still hold
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -68,6 +69,12 @@ class LearnedGroups:
             for g, value in enumerate(by_group):
                 self._publish_one(name, g, value)
         self._published = values
+        self._expected = [
+            (g, name, value)
+            for name, by_group in values.items()
+            if name != "lr"
+            for g, value in enumerate(by_group)
+        ]
 
     def _publish_one(self, name: str, g: int, value: float) -> None:
         group = self._groups[g]
@@ -157,14 +164,14 @@ class LearnedGroups:
         set_buffers(self.optimizer, new)
 
     def _check_nobody_else_wrote(self) -> None:
-        for name, values in self._published.items():
-            for g, (group, value) in enumerate(zip(self._groups, values, strict=True)):
-                if name != "lr" and read_setting(group, name) != value:
-                    raise UnsupportedError(
-                        f"`{name}` of group {g} is learned, and something else set it to "
-                        f"{read_setting(group, name)}. Stop the scheduler from cycling it "
-                        f"(`cycle_momentum=False`), or do not learn `{name}`."
-                    )
+        for g, name, value in self._expected:
+            found = read_setting(self._groups[g], name)
+            if found != value:
+                raise UnsupportedError(
+                    f"`{name}` of group {g} is learned, and something else set it to "
+                    f"{found}. Stop the scheduler from cycling it "
+                    f"(`cycle_momentum=False`), or do not learn `{name}`."
+                )
 
 
 def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:

@@ -83,7 +83,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor | None]:
         """Return the gradients to step along, of which there must be one."""
-        grads = [p.grad for p in self._params()]
+        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
         if all(grad is None for grad in grads):
             raise WindowError(
                 "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
