@@ -10,15 +10,22 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config_errors import ConfigError, check_keys, explained
-from experiments.schema import CHOICES, Config
+from experiments.schema import CHOICES, RUNS, TRAINING, Config
+from experiments.studies.schema import STUDIES
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
 
 
 def register_schema() -> None:
-    """Make the dataclasses known to Hydra: `schema`, and `<choice>_schema` in each group."""
+    """Make the dataclasses known to Hydra: `schema`, and `<choice>_schema` in each group.
+
+    The groups `run` and `study` have no files; there the dataclass is the choice itself.
+    """
     store = ConfigStore.instance()
     store.store(name="schema", node=Config)
+    for group, nodes in (("run", RUNS), ("study", STUDIES)):
+        for name, node in nodes.items():
+            store.store(group=group, name=name, node=node)
     for group, choices in CHOICES.items():
         for choice, node in choices.items():
             store.store(group=group, name=f"{choice}_schema", node=node)
@@ -47,10 +54,25 @@ def checked(config: DictConfig) -> Config:
     """The same configuration, once every key in it is known and every value is there.
 
     Raises:
-        ConfigError: for a key past the schema, or a group without a choice.
+        ConfigError: for a key past the schema, a group without a choice, or one that the study
+            does not use.
     """
     check_keys(config)
-    missing = sorted(OmegaConf.missing_keys(config))
+    unused = _unused(config)
+    missing = sorted(OmegaConf.missing_keys(config) - unused)
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
+    for group in sorted(unused):
+        if not OmegaConf.is_missing(config, group):
+            raise ConfigError(
+                f"command line: `{config.run.experiment}` does not use `{group}`. Leave it out."
+            )
     return cast(Config, config)
+
+
+def _unused(config: DictConfig) -> set[str]:
+    """The groups of the training loop that this run does without."""
+    if config.study is None:
+        return set()
+    uses: tuple[str, ...] = getattr(OmegaConf.get_type(config.study), "uses", ())
+    return set(TRAINING) - set(uses)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments import schema
+from experiments.studies.schema import STUDIES
 
 COMMAND_LINE = "command line"
 BEGINNINGS = ("Value", "Invalid", "Incompatible", "field")  # of OmegaConf's sentences about a value
@@ -87,8 +88,10 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
     return f"{where}: `{key[1]}`: {_complaint(text)}"
 
 
-def _unknown_key(full_key: str, known: Iterable[str]) -> str:
+def _unknown_key(full_key: str, known: Collection[str]) -> str:
     prefix, dot, _ = full_key.rpartition(".")
+    if not known:
+        return f"unknown key `{full_key}`. This experiment has no `{prefix}`."
     names = [f"{prefix}{dot}{name}" for name in known if not name.startswith("_")]
     return f"unknown key `{full_key}`.{did_you_mean(full_key, names)}"
 
@@ -96,8 +99,11 @@ def _unknown_key(full_key: str, known: Iterable[str]) -> str:
 def _siblings(text: str) -> list[str]:
     """The fields of the dataclass that the message names as the object's type."""
     name = re.search(r"object_type=(\w+)", text)
-    fields: dict[str, Any] = getattr(
-        getattr(schema, name[1] if name else "", None), "__dataclass_fields__", {}
+    choices = [*schema.CHOICES.values(), schema.RUNS, STUDIES]
+    nodes = [schema.Config, *(node for group in choices for node in group.values())]
+    fields: dict[str, Any] = next(
+        (vars(node)["__dataclass_fields__"] for node in nodes if name and node.__name__ == name[1]),
+        {},
     )
     return list(fields)
 

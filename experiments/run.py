@@ -1,6 +1,6 @@
-"""`python -m experiments.run experiment=digits hyper=learn`: one run into its folder.
+"""`python -m experiments.run experiment=digits hyper=learn`: one run or study into its folder.
 
-The same command after Ctrl-C goes on from the checkpoint.
+The same command after Ctrl-C goes on from the checkpoint; a study starts again.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from experiments.figures import run_figure
 from experiments.resuming import Interrupted
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
+from experiments.studies.study import report_study, run_study
 from experiments.training import Trainer
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shells' own for Ctrl-C
@@ -45,10 +46,16 @@ def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str,
     summary = folder.load_summary()
     if summary is not None:
         return summary
+    work = _train if config.study is None else run_study
+    summary = work(config, folder, progress)
+    folder.save_summary(summary)
+    return summary
+
+
+def _train(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     trainer = Trainer(config, folder=folder, progress=progress)
     summary = trainer.run()
     run_figure(trainer.recorder.history, summary, folder.figure_file)
-    folder.save_summary(summary)
     return summary
 
 
@@ -56,7 +63,8 @@ def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str,
 def _job(config: DictConfig) -> None:
     with _exit_with_a_message():
         settings = checked(config)
-        _report(run(settings), RunFolder.of(settings))
+        report = _report if settings.study is None else report_study
+        report(run(settings), RunFolder.of(settings))
 
 
 def _report(summary: dict[str, Any], folder: RunFolder) -> None:

@@ -25,6 +25,8 @@ Row = dict[str, float]
 class RunFolder:
     """`config.yaml`, `metrics.csv`, `checkpoint.pt`, `summary.json`, `figure.png`, event files.
 
+    A study has `numbers.csv` instead of metrics, checkpoint and event files.
+
     Args:
         path: of the folder, made if it is not there.
         config: of the run; only `run.device`, `run.threads` and `run.root` may differ from what
@@ -42,6 +44,7 @@ class RunFolder:
         self.checkpoint_file = path / "checkpoint.pt"
         self.summary_file = path / "summary.json"
         self.figure_file = path / "figure.png"
+        self.numbers_file = path / "numbers.csv"
         self._claim(config)
 
     @classmethod

@@ -106,7 +106,7 @@ class HyperConfig:
 
 @dataclass
 class RunConfig:
-    """The loop and its run folder, `<root>/<experiment>/<name>`."""
+    """A training run: the loop and its run folder, `<root>/<experiment>/<name>`."""
 
     experiment: str = MISSING
     name: str = "${hyper.name}-seed${run.seed}"
@@ -123,18 +123,34 @@ class RunConfig:
 
 
 @dataclass
+class StudyRunConfig:
+    """The run folder of a study, `<root>/<experiment>/<name>`; its settings are in `study`."""
+
+    experiment: str = MISSING
+    name: str = "default"
+    root: str = "runs"
+    threads: int = 1  # of torch
+
+
+@dataclass
 class Config:
-    """One run."""
+    """One run: of the training loop, or of the study if there is one."""
 
     task: Any = MISSING
     model: Any = MISSING
     optimizer: Any = MISSING
-    hyper: HyperConfig = field(default_factory=HyperConfig)
-    run: RunConfig = field(default_factory=RunConfig)
+    hyper: Any = MISSING
+    run: Any = MISSING
+    study: Any = None
 
+
+TRAINING = ("task", "model", "optimizer", "hyper")  # what a study leaves out unless it `uses` it
 
 CHOICES: dict[str, dict[str, type]] = {
     "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig},
     "model": {"mlp": MLPConfig, "cnn": CNNConfig, "resnet18": ResNet18Config},
     "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
+    "hyper": {"learn": HyperConfig, "none": HyperConfig},
 }
+
+RUNS: dict[str, type] = {"training": RunConfig, "study": StudyRunConfig}

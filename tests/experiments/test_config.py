@@ -45,6 +45,7 @@ def test_a_bad_file_is_named_with_its_key(folder, text):
     assert str(caught.value) == IN_A_FILE[text]
 
 
+EXPERIMENTS = sorted(path.stem for path in (CONFIG_FOLDER / "experiment").glob("*.yaml"))
 ON_THE_COMMAND_LINE = {
     "optimizer.lrr=1": "command line: unknown key `optimizer.lrr`. Did you mean `optimizer.lr`?",
     "+optimizer.lrr=1": "command line: unknown key `optimizer.lrr`. Did you mean `optimizer.lr`?",
@@ -54,8 +55,9 @@ ON_THE_COMMAND_LINE = {
     "converted to Integer.",
     "run.schedule=step": "command line: `run.schedule`: Invalid value 'step', expected one of "
     "[constant, linear, cosine].",
-    "experiment=digit": "No experiment is called `digit`. Did you mean `digits`? Available: demo, "
-    "demo_mlp, digits, fashion_mnist, resnet18.",
+    "experiment=digit": "No experiment is called `digit`. Did you mean `digits`? Available: "
+    f"{', '.join(EXPERIMENTS)}.",
+    "study.seeds=[1]": "command line: unknown key `study.seeds`. This experiment has no `study`.",
     "~optimizer": "command line: `optimizer` has no value. Give it one.",
 }
 

@@ -1,0 +1,1 @@
+"""The studies: one question each, answered by one command, one figure and its numbers."""

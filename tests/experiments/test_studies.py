@@ -1,0 +1,59 @@
+"""Every study, made small: it runs from its config and leaves its files complete."""
+
+import csv
+import json
+import math
+
+import pytest
+
+from experiments.config import CONFIG_FOLDER, load_config
+from experiments.config_errors import ConfigError
+from experiments.run import run
+from experiments.run_folder import RunFolder
+from experiments.studies.schema import STUDIES
+from experiments.studies.study import report_study
+
+#: The overrides that make each study small enough for a test: a few seconds.
+TINY: dict[str, list[str]] = {}
+
+
+def test_every_study_has_a_config_and_a_tiny_size():
+    assert set(TINY) == set(STUDIES)
+    for name in STUDIES:
+        assert (CONFIG_FOLDER / "experiment" / f"{name}.yaml").exists()
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_leaves_its_folder_complete(tmp_path, capsys, name):
+    config = load_config([f"experiment={name}", f"run.root={tmp_path}", *TINY[name]])
+    summary = run(config, progress=False)
+    folder = RunFolder.of(config)
+    assert folder.path == tmp_path / name / "default"
+    assert json.loads(folder.summary_file.read_text()) == summary
+    assert summary["seeds"] == list(config.study.seeds) and summary["says"]
+    assert all(map(math.isfinite, numbers_in(summary)))
+    assert folder.figure_file.stat().st_size > 10_000
+    with folder.numbers_file.open(newline="") as file:
+        assert len(list(csv.DictReader(file))) > 3
+    report_study(summary, folder)
+    assert str(folder.figure_file) in capsys.readouterr().out
+
+
+def numbers_in(tree):
+    """Yield every number of a tree of dicts and lists."""
+    if isinstance(tree, dict):
+        tree = list(tree.values())
+    if isinstance(tree, list):
+        for branch in tree:
+            yield from numbers_in(branch)
+    elif isinstance(tree, (int, float)):
+        yield tree
+
+
+@pytest.mark.parametrize("name", STUDIES)
+def test_a_study_refuses_what_it_does_not_know(name):
+    for override in ("run.epochs=1", "study.sseeds=[1]"):
+        with pytest.raises(ConfigError, match=f"unknown key `{override.split('=')[0]}`"):
+            load_config([f"experiment={name}", override])
+    with pytest.raises(ConfigError, match=f"`{name}` does not use `optimizer`. Leave it out"):
+        load_config([f"experiment={name}", "optimizer=sgd"])
