@@ -15,10 +15,17 @@ from .errors import (
     DivergenceError,
     HypertorchError,
     HypertorchWarning,
+    SolverError,
     UnsupportedError,
     WindowError,
 )
 from .hypergradients import Engine, Unroll
+from .hypergradients.linear_solvers import (
+    ConjugateGradient,
+    FixedPoint,
+    NormalConjugateGradient,
+    Nystrom,
+)
 from .hyperparameters import Hyperparameter
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
@@ -29,14 +36,19 @@ __all__ = [
     "ArgumentError",
     "ArgumentTypeError",
     "CheckpointError",
+    "ConjugateGradient",
     "DivergenceError",
     "Engine",
+    "FixedPoint",
     "GatedSign",
     "HyperOptimizer",
     "Hyperparameter",
     "HypertorchError",
     "HypertorchWarning",
+    "NormalConjugateGradient",
+    "Nystrom",
     "Safeguards",
+    "SolverError",
     "Unroll",
     "UnsupportedError",
     "ValidationLoss",

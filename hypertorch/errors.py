@@ -35,6 +35,10 @@ class DivergenceError(HypertorchError, ArithmeticError):
     """Training diverged again and again, although it was rolled back each time."""
 
 
+class SolverError(HypertorchError, ArithmeticError):
+    """A linear system or a nested problem that a solver cannot solve as it stands."""
+
+
 class HypertorchWarning(UserWarning):
     """Something a user should know once, and that does not stop the run."""
 

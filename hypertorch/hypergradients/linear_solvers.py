@@ -1,0 +1,322 @@
+"""Matrix-free solvers of M v = b, with M a function of a list of tensors.
+
+FixedPoint (the Neumann series): v ← v + α (b − M v).  ConjugateGradient: M symmetric, positive.
+NormalConjugateGradient: Mᵀ M v = Mᵀ b.  Nystrom: v = (M_k + ρ I)⁻¹ b, M_k of rank k.
+What M is (a Hessian, I − Aᵀ) is not their business.
+"""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ArgumentError, SolverError
+from .linear_system import Matvec, Solution, System, dot, finite, norm
+
+#: A fixed-point residual this many times ‖b‖ is taken for divergence, not for a transient.
+DIVERGED = 1e3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LinearSolver(ABC):
+    """How M v = b is solved, M being known by its products alone.
+
+    Args:
+        rtol: stop when ‖b − M v‖₂ ≤ max(rtol ‖b‖₂, atol).
+        atol: the same, in b's units. With both 0, only `max_steps` stops.
+        max_steps: iterations at most; 0 returns the start and its residual.
+
+    Raises:
+        ArgumentError: one of them is negative or not finite.
+    """
+
+    rtol: float = 1e-6
+    atol: float = 0.0
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol", "max_steps"):
+            _require(self, name, lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+
+    def solve(
+        self,
+        matvec: Matvec,
+        rhs: Sequence[Tensor],
+        start: Sequence[Tensor] | None = None,
+        transposed: Matvec | None = None,
+    ) -> Solution:
+        """Return v with M v ≈ b, how good it is and what it cost.
+
+        Args:
+            matvec: v ↦ M v.
+            rhs: b, tensors of any shapes and one device.
+            start: v to start from, of b's shapes; `None`: 0, which saves one product.
+            transposed: v ↦ Mᵀ v, where the solver needs it.
+
+        Raises:
+            ArgumentError: shapes differ, or `transposed` is needed.
+            SolverError: M is not what the solver needs, or the iteration diverged.
+        """
+        system = System(matvec, rhs, transposed)
+        v = torch.zeros_like(system.b) if start is None else system.flat(start, "start")
+        r = system.b if start is None else system.residual(v)
+        goal = max(self.rtol * norm(system.b), self.atol)
+        v, r = self._iterate(system, v, r, goal)
+        size = finite(norm(r), system)
+        return Solution(system.split(v), size, system.matvecs, size <= goal)
+
+    @abstractmethod
+    def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        """Return the last v and r = b − M v, from the first ones."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint(LinearSolver):
+    """Fixed-point iteration v ← v + α (b − M v); with M = I − A and α = 1 it is v ← b + A v.
+
+    From 0, K steps give the first K terms of the **Neumann series** α Σ_k (I − α M)^k b: the two
+    are one iteration. α = 1, M = I − A is the series Σ A^k b; α < 1, M = H is Lorraine's. For K
+    terms and no test of the residual, write `FixedPoint(rtol=0, max_steps=K)`.
+
+    Converges where ρ(I − α M) < 1, with an error that falls like ρ(I − α M)^K. M need not be
+    symmetric.
+
+    Args:
+        step: α > 0.
+
+    Raises:
+        SolverError: the residual grew to `DIVERGED` times its scale.
+
+    Cost: one product per step, one vector.
+
+    References:
+        Lorraine, Vicol, Duvenaud 2020, algorithm 3; Grazzi et al. 2020 (AID-FP).
+    """
+
+    step: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "step", lambda value: 0 < value < math.inf, "a positive number")
+
+    def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        scale = max(norm(system.b), norm(r))
+        for k in range(self.max_steps):
+            if norm(r) <= goal:
+                break
+            v = v + self.step * r
+            r = system.residual(v)
+            if not norm(r) <= DIVERGED * scale:
+                raise SolverError(
+                    f"The fixed-point iteration diverges: the residual is {norm(r):.3g} after "
+                    f"{k + 1} steps, and ‖b‖ is {norm(system.b):.3g}. It needs "
+                    f"ρ(I − step · M) < 1: lower `step` (now {self.step:g}), or use "
+                    "`ConjugateGradient` or `NormalConjugateGradient`."
+                )
+        return v, r
+
+
+class _ConjugateDirections(LinearSolver):
+    """Runs of a recursion in v and r, each checked against b − M v and restarted from there.
+
+    Rounding parts the recursion's r from b − M v; when a run no longer halves the latter, it ends.
+    """
+
+    def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        steps = 0
+        while norm(r) > goal and steps < self.max_steps:
+            v, steps = self._run(system, v, r, goal, steps)
+            before, r = norm(r), system.residual(v)
+            if norm(r) > before / 2:
+                break
+        return v, r
+
+    @abstractmethod
+    def _run(
+        self, system: System, v: Tensor, r: Tensor, goal: float, steps: int
+    ) -> tuple[Tensor, int]:
+        """Return v once the recursion's ‖r‖ is at most `goal`, and the steps made so far."""
+
+    @staticmethod
+    def _target(r: Tensor, goal: float) -> float:
+        """Return where a run from r ends: at rounding, if `goal` lies below it."""
+        return max(goal, torch.finfo(r.dtype).eps * norm(r))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConjugateGradient(_ConjugateDirections):
+    """Conjugate gradient, for a symmetric positive definite M.
+
+        α = ‖r‖² / ⟨p, M p⟩,   v ← v + α p,   r ← r − α M p,   p ← r + (‖r_new‖² / ‖r_old‖²) p
+
+    Exact after as many steps as M has distinct eigenvalues, save for rounding.
+
+    Raises:
+        SolverError: a direction with ⟨p, M p⟩ ≤ 0 was met (or 0 up to rounding, next to the largest
+            one seen): M is indefinite or singular, or not symmetric. A b that lies in the positive
+            part of an indefinite M is solved, correctly, without that being noticed.
+
+    Cost: one product per step and one at the end, four vectors.
+
+    References:
+        Hestenes and Stiefel 1952; for hypergradients, Pedregosa 2016.
+    """
+
+    def _run(
+        self, system: System, v: Tensor, r: Tensor, goal: float, steps: int
+    ) -> tuple[Tensor, int]:
+        p, square, largest, target = r, dot(r, r), 0.0, self._target(r, goal)
+        while square**0.5 > target and steps < self.max_steps:
+            product, length = system.times(p), dot(p, p)
+            curvature = dot(p, product) / length
+            largest = max(largest, curvature)
+            if not curvature > torch.finfo(p.dtype).eps * largest:
+                raise _not_positive(curvature, steps, system)
+            alpha = square / (curvature * length)
+            v, r = v + alpha * p, r - alpha * product
+            square, old = dot(r, r), square
+            p = r + (square / old) * p
+            steps += 1
+        return v, steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalConjugateGradient(_ConjugateDirections):
+    """Conjugate gradient on the normal equations Mᵀ M v = Mᵀ b, for any invertible M.
+
+    Kept in the residual of the system itself (CGLS), which falls in every step:
+
+        α = ‖Mᵀ r‖² / ‖M p‖²,   v ← v + α p,   r ← r − α M p,   p ← Mᵀ r + β p.
+
+    The condition number is squared: for a symmetric positive M use `ConjugateGradient`. For a
+    singular M it ends at a least-squares solution, with `converged` false unless that solves it.
+
+    Cost: two products per step, one with M and one with Mᵀ, so `transposed` is needed, and one at
+    the end; four vectors.
+
+    References:
+        Hestenes and Stiefel 1952, section 10; Björck 1996, algorithm 7.4.1.
+    """
+
+    def _run(
+        self, system: System, v: Tensor, r: Tensor, goal: float, steps: int
+    ) -> tuple[Tensor, int]:
+        p, old, rounding, target = torch.zeros_like(r), 1.0, 0.0, self._target(r, goal)
+        while norm(r) > target and steps < self.max_steps:
+            gradient = system.times_transposed(r)
+            square = dot(gradient, gradient)
+            if not square**0.5 > rounding * norm(r):  # Mᵀ r = 0: a least-squares solution
+                break
+            p = gradient + (square / old) * p
+            product = system.times(p)
+            length = finite(dot(product, product), system)
+            alpha = square / length
+            v, r = v + alpha * p, r - alpha * product
+            rounding = max(rounding, torch.finfo(p.dtype).eps * (length / dot(p, p)) ** 0.5)
+            old, steps = square, steps + 1
+        return v, steps
+
+
+@dataclass(frozen=True, kw_only=True)
+class Nystrom(LinearSolver):
+    """Nyström: M replaced by a matrix M_k of rank k, from k of its columns, plus a damping ρ.
+
+        M_k = C W⁺ Cᵀ,   C = M[:, K],   W = M[K, K],   v ← v + (M_k + ρ I)⁻¹ (b − M v)
+
+    for a symmetric, positive semi-definite M; K are k random columns. One step from 0 (the default)
+    is Hataya and Yamada's v = (M_k + ρ I)⁻¹ b; with k = n it is exactly (M + ρ I)⁻¹ b, and with
+    k < n an estimate whose error the residual shows. More steps refine it towards M⁻¹ b where what
+    M_k leaves out is small next to ρ (‖M − M_k‖ < 2ρ), and diverge elsewhere.
+
+    Args:
+        rank: k; n where that is smaller.
+        damping: ρ > 0, in M's units.
+        seed: of the choice of columns; the same seed, the same columns.
+
+    Raises:
+        SolverError: W is not symmetric, or has a negative eigenvalue: so has M.
+
+    Cost: k products, one more per step; k vectors. Rounding is magnified by ‖M‖ / ρ.
+
+    References:
+        Hataya and Yamada 2023, eq. (5)-(6); the inverse by the singular values of C W^{-1/2}
+        instead of Woodbury's formula, as Frangella, Tropp and Udell 2023.
+    """
+
+    max_steps: int = 1
+    rank: int = 10
+    damping: float = 0.01
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self, "damping", lambda value: 0 < value < math.inf, "a positive number")
+        _require(self, "rank", lambda value: value >= 1, "at least 1")
+
+    def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
+        if norm(r) <= goal or self.max_steps == 0:
+            return v, r
+        basis, values = self._decomposed(system)
+        for _ in range(self.max_steps):
+            part = basis.T @ r
+            v = v + (r - basis @ part) / self.damping + basis @ (part / (values + self.damping))
+            r = system.residual(v)
+            if norm(r) <= goal:
+                break
+        return v, r
+
+    def _decomposed(self, system: System) -> tuple[Tensor, Tensor]:
+        """Return orthonormal U and s ≥ 0 with M_k = U diag(s) Uᵀ."""
+        n, b = len(system.b), system.b
+        generator = torch.Generator().manual_seed(self.seed)
+        chosen = torch.randperm(n, generator=generator)[: self.rank].tolist()
+        columns = []
+        for index in chosen:
+            unit = torch.zeros_like(b)
+            unit[index] = 1
+            columns.append(system.times(unit))
+        stacked = torch.stack(columns, 1)  # C
+        finite(norm(stacked), system)
+        roots, vectors = _positive_part(stacked[chosen])
+        basis, singular, _ = torch.linalg.svd(stacked @ (vectors / roots), full_matrices=False)
+        return basis, singular**2
+
+
+def _positive_part(w: Tensor) -> tuple[Tensor, Tensor]:
+    """Return √λ and vectors of W's positive eigenvalues, once W is symmetric and positive."""
+    scale, rounding = w.abs().max(), torch.finfo(w.dtype).eps
+    if bool((w - w.T).abs().max() > rounding**0.5 * scale):
+        raise SolverError(
+            "M is not symmetric, and `Nystrom` needs that. Use `FixedPoint` or "
+            "`NormalConjugateGradient`."
+        )
+    values, vectors = torch.linalg.eigh((w + w.T) / 2)
+    if bool(values[0] < -(rounding**0.5) * scale):
+        raise SolverError(
+            f"M is not positive semi-definite: it has an eigenvalue of {values[0].item():.3g} or "
+            "less. `Nystrom` needs that: use `FixedPoint` or `NormalConjugateGradient`, or add a "
+            "multiple of the identity to M."
+        )
+    kept = values > len(values) * rounding * scale
+    return values[kept].sqrt(), vectors[:, kept]
+
+
+def _not_positive(curvature: float, steps: int, system: System) -> SolverError:
+    finite(curvature, system)
+    return SolverError(
+        f"M is not positive definite: pᵀ M p = {curvature:.3g} · ‖p‖² in step {steps + 1} of "
+        "conjugate gradient. It is indefinite or singular there, or not symmetric: the solution "
+        "would be wrong. Add a multiple of the identity (a weight decay), get closer to a minimum "
+        "of the inner loss, or use `NormalConjugateGradient`."
+    )
+
+
+def _require(
+    solver: LinearSolver, name: str, holds: Callable[[float], bool], expected: str
+) -> None:
+    value = getattr(solver, name)
+    if not holds(value):
+        raise ArgumentError(f"`{name}` must be {expected}. Got {value}.")
