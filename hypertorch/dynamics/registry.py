@@ -5,6 +5,7 @@ Registering a Φ also registers it with `higher`, which then unrolls it.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import higher
@@ -78,6 +79,7 @@ class _Unrolled(higher.optim.DifferentiableOptimizer):  # type: ignore[misc]
 
 
 _REGISTRY: dict[type[torch.optim.Optimizer], Dynamics] = {}
+_UNROLLED: dict[type[torch.optim.Optimizer], type[_Unrolled]] = {}
 
 
 def register_dynamics(
@@ -106,14 +108,29 @@ def register_dynamics(
     """
     dynamics = Dynamics(update, dict(constraints), tuple(flags))
     _REGISTRY[optimizer_type] = dynamics
-    unrolled = type(f"Unrolled{optimizer_type.__name__}", (_Unrolled,), {"dynamics": dynamics})
-    higher.register_optim(optimizer_type, unrolled)
+    name = f"Unrolled{optimizer_type.__name__}"
+    _UNROLLED[optimizer_type] = type(name, (_Unrolled,), {"dynamics": dynamics})
+    higher.register_optim(optimizer_type, _UNROLLED[optimizer_type])
 
 
 def unrolled(optimizer: torch.optim.Optimizer) -> higher.optim.DifferentiableOptimizer:
-    """Return `higher`'s differentiable copy of `optimizer`, with its present buffers."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    return higher.optim.get_diff_optim(optimizer, params)
+    """Return `higher`'s differentiable version of `optimizer`, with its present buffers.
+
+    `higher` copies what it is made of, and would copy every weight to learn its place in a group.
+    It gets light stand-ins instead, and the weights with each step; the buffers it is given are the
+    live ones, which Φ does not write to.
+    """
+    groups = [{**g, "params": [object() for _ in g["params"]]} for g in optimizer.param_groups]
+    places = [place for group in groups for place in group["params"]]
+    bare = SimpleNamespace(param_groups=groups, state={})
+    window = _UNROLLED[type(optimizer)](bare, places)
+    for buffers, group in zip(window.state, optimizer.param_groups, strict=True):
+        buffers |= {
+            i: dict(optimizer.state[p])
+            for i, p in enumerate(group["params"])
+            if p in optimizer.state
+        }
+    return window
 
 
 def dynamics_of(optimizer: torch.optim.Optimizer) -> Dynamics:

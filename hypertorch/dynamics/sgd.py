@@ -26,8 +26,10 @@ def sgd(
     """Return (w_t, {v_t}); the first v is g itself, undamped, and Nesterov steps along g + μ v."""
     grad = regularised(param, grad, weight_decay, maximize)
     if is_active(momentum):
-        previous = buffers.get("momentum_buffer")
-        buffer = grad if previous is None else axpy(1 - dampening, grad, momentum * previous)
+        buffer, previous = grad, buffers.get("momentum_buffer")
+        if previous is not None:
+            fresh = (1 - dampening) * grad if is_active(dampening) else grad
+            buffer = axpy(momentum, previous, fresh)
         buffers = {**buffers, "momentum_buffer": buffer}
         grad = axpy(momentum, buffer, grad) if nesterov else buffer
     return axpy(-lr, grad, param), buffers
