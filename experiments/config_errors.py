@@ -18,6 +18,7 @@ from experiments import schema
 from experiments.studies.schema import STUDIES
 
 COMMAND_LINE = "command line"
+also_known: list[type] = []  # dataclasses of configurations that are not `schema`'s
 BEGINNINGS = ("Value", "Invalid", "Incompatible", "field")  # of OmegaConf's sentences about a value
 
 
@@ -100,7 +101,7 @@ def _siblings(text: str) -> list[str]:
     """The fields of the dataclass that the message names as the object's type."""
     name = re.search(r"object_type=(\w+)", text)
     choices = [*schema.CHOICES.values(), schema.RUNS, STUDIES]
-    nodes = [schema.Config, *(node for group in choices for node in group.values())]
+    nodes = [schema.Config, *also_known, *(node for group in choices for node in group.values())]
     fields: dict[str, Any] = next(
         (vars(node)["__dataclass_fields__"] for node in nodes if name and node.__name__ == name[1]),
         {},

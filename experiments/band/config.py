@@ -1,0 +1,84 @@
+"""`load_band`: what one call of the benchmark is to do, composed from `configs/band/`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+
+from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
+from experiments.config import CONFIG_FOLDER
+from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean, explained
+
+BAND_FOLDER = CONFIG_FOLDER / "band"
+
+
+def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
+    """The configuration of one call, as `python -m experiments.band OVERRIDES` sees it.
+
+    Args:
+        overrides: Hydra overrides, e.g. `["tier=quick", "task=breast_cancer"]`.
+        folder: where the groups `tier` and `task` are.
+
+    Returns:
+        A checked configuration.
+
+    Raises:
+        ConfigError: for an unknown key or choice, or a value of the wrong type.
+    """
+    store = ConfigStore.instance()
+    store.store(name="band", node=BandConfig)
+    also_known[:] = dict.fromkeys([*also_known, *NODES])
+    for group, choices in CHOICES.items():
+        for choice, node in choices.items():
+            store.store(group=group, name=f"{choice}_schema", node=node)
+    with explained(folder), initialize_config_dir(str(folder), version_base="1.3"):
+        config = compose("band", overrides)
+    check_keys(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
+    return cast(BandConfig, config)
+
+
+def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, TaskConfig]:
+    """The tasks of a call by name: the one it chose, or all of its tier.
+
+    Args:
+        overrides: as for `load_band`.
+        folder: as for `load_band`.
+
+    Returns:
+        The settings of each task.
+    """
+    config = load_band(overrides, folder)
+    if config.task is not None:
+        return {config.task.name: config.task}
+    names = list(config.tier.tasks)
+    return {name: load_band([*overrides, f"task={name}"], folder).task for name in names}
+
+
+def size_of(config: BandConfig, task: str) -> SizeConfig:
+    """How much is run on a task: the tier's size, with what the tier makes smaller for it.
+
+    Args:
+        config: of the call.
+        task: its name.
+
+    Returns:
+        The size.
+
+    Raises:
+        ConfigError: if `tier.smaller` has a key that `tier.size` has not.
+    """
+    smaller: Any = config.tier.smaller.get(task, {})
+    for key in smaller:
+        if key not in SizeConfig.__dataclass_fields__:
+            raise ConfigError(
+                f"configs/band/tier/{config.tier.name}.yaml: unknown key "
+                f"`smaller.{task}.{key}`.{did_you_mean(key, SizeConfig.__dataclass_fields__)}"
+            )
+    return cast(SizeConfig, OmegaConf.merge(cast(Any, config.tier.size), smaller))

@@ -1,0 +1,63 @@
+"""hypertorch's own entries: each preset wraps a bare optimizer that starts from (η₀, λ₀)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import hypertorch
+from experiments.band.problems import Problem
+from experiments.band.rows import Run
+from experiments.band.trainee import Trainee, base_optimizer, start_of
+
+Wrap = Callable[[torch.optim.Optimizer, nn.Module, Problem], torch.optim.Optimizer]
+
+
+class Preset(NamedTuple):
+    """A way to use the library: how the optimizer is wrapped, and the schedule on top."""
+
+    wrap: Wrap
+    schedule: str
+
+
+def default(
+    optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem
+) -> torch.optim.Optimizer:
+    """η and λ learned with every default of the library.
+
+    Args:
+        optimizer: bare, at the start.
+        model: that it trains.
+        problem: task and seed; only its validation data are used.
+
+    Returns:
+        The wrapped optimizer.
+    """
+    outer_loss = hypertorch.ValidationLoss(model, cross_entropy, problem.validation_loader())
+    return hypertorch.HyperOptimizer(optimizer, model, outer_loss)
+
+
+PRESETS: dict[str, Preset] = {
+    "hyper": Preset(default, "constant"),
+    "hyper-linear": Preset(default, "linear"),
+}
+
+
+def build_ours(model: nn.Module, problem: Problem, run: Run) -> Trainee:
+    """A run of one of the presets.
+
+    Args:
+        model: with its initial weights.
+        problem: task and seed.
+        run: its method names the preset.
+
+    Returns:
+        What the loop trains.
+    """
+    preset = PRESETS[run.method]
+    bare = base_optimizer(run.base, model, *start_of(run))
+    return Trainee(model, preset.wrap(bare, model, problem), problem, preset.schedule)

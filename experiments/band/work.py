@@ -1,0 +1,74 @@
+"""Jobs done, in this process or in a pool of processes of one thread each."""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from experiments.band.many import train_many
+from experiments.band.plan import Job, Plan
+from experiments.band.problems import problem_of
+from experiments.band.rows import Row
+from experiments.band.table import Table
+
+_plan: Plan | None = None
+_table: Table | None = None
+
+
+def do_all(plan: Plan, table: Table, workers: int, progress: bool = True) -> None:
+    """Do what is missing of a plan, and append each row as soon as it is there.
+
+    Args:
+        plan: of the call.
+        table: what is done already; afterwards it holds the rest too.
+        workers: processes; 1 is this one.
+        progress: show a progress bar, and the runs that end in an error.
+    """
+    jobs = plan.jobs(table.rows)
+    total = sum(max(1, len(job.runs)) for job in jobs)
+    with tqdm(total=total, unit="run", disable=not progress, smoothing=0.05) as bar:
+        for job, rows in _results(jobs, plan, table.path, workers):
+            bar.update(max(1, len(job.runs)))
+            bar.set_description(f"{job.setting.task} {job.setting.base}")
+            for row in rows:
+                if row.error and progress:
+                    bar.write(f"{row.run.method} from {row.run.lr}: {row.error}")
+    table.reload()
+
+
+def _results(
+    jobs: Sequence[Job], plan: Plan, path: Path, workers: int
+) -> Iterator[tuple[Job, list[Row]]]:
+    if workers == 1:
+        _prepare(plan, path)
+        yield from map(_do, jobs)
+        return
+    context = multiprocessing.get_context("spawn")
+    with context.Pool(workers, _begin, (plan, path)) as pool:
+        yield from pool.imap_unordered(_do, jobs)
+
+
+def _begin(plan: Plan, path: Path) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the pool
+    torch.set_num_threads(1)
+    _prepare(plan, path)
+
+
+def _prepare(plan: Plan, path: Path) -> None:
+    global _plan, _table
+    torch.set_flush_denormal(True)  # weights that decay to nothing would slow a run tenfold
+    _plan, _table = plan, Table(path)
+
+
+def _do(job: Job) -> tuple[Job, list[Row]]:
+    assert _plan is not None and _table is not None
+    problem = problem_of(_plan.tasks[job.setting.task], job.setting.seed)
+    rows = train_many(problem, job.runs)
+    for row in rows:
+        _table.append(row)
+    return job, rows

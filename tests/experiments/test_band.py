@@ -1,0 +1,149 @@
+"""The benchmark at a tiny size: its arithmetic, its table, and going on where it stopped."""
+
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from experiments.band.config import load_band, load_tasks
+from experiments.band.many import train_many
+from experiments.band.plan import Plan, Setting
+from experiments.band.problems import Problem
+from experiments.band.rows import Row, Run, fingerprint
+from experiments.band.table import Table
+from experiments.band.training import train
+from experiments.band.work import do_all
+from experiments.config_errors import ConfigError
+from experiments.loaders import Examples
+
+DIGITS = [
+    "task=digits_noisy",
+    "task.data.train_size=60",
+    "task.data.validation_size=40",
+    "task.data.test_size=100",
+    "task.model.hidden=[8]",
+    "task.batch_size=20",
+    "task.epochs=4",
+    "task.evaluations=3",
+]
+TINY = [
+    *DIGITS,
+    "tier.size.grid_every=3",
+    "tier.size.random=2",
+    "tier.size.tpe=0",
+    "tier.size.start_lr=[1e-2,10.0]",
+    "methods=[fixed,hyper]",
+    "workers=1",
+]
+TIMES = ("seconds", "plain_seconds")
+
+
+def tiny_plan(*overrides):
+    arguments = [*TINY, *overrides]
+    return Plan(load_band(arguments), load_tasks(arguments))
+
+
+def in_float64(problem):
+    def double(examples):
+        return Examples(examples.x.double(), examples.y)
+
+    task = problem.task
+    problem.task = replace(
+        task,
+        train=double(task.train),
+        validation=double(task.validation),
+        test=double(task.test),
+    )
+    return problem
+
+
+def measured(row):
+    """All of a row but its times and its history."""
+    return {k: v for k, v in asdict(row).items() if k not in (*TIMES, "run", "history", "error")}
+
+
+@pytest.mark.parametrize("hidden", ["[]", "[8]", "[8,5]"])
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_stacked_runs_are_those_of_torch_optim(base, hidden):
+    tasks = load_tasks([*DIGITS, f"task.model.hidden={hidden}"])
+    problem = in_float64(Problem(tasks["digits_noisy"], seed=3))
+    points = [(3e-3, 1e-2, "constant"), (3e-2, 0.3, "linear"), (1e-2, 1e-5, "cosine")]
+    runs = [Run("digits_noisy", "", 3, base, "fixed", s, lr, wd) for lr, wd, s in points]
+    for stacked, run in zip(train_many(problem, runs), runs, strict=True):
+        single = train(problem, run)
+        assert stacked.run == single.run == run
+        # The one adds up 20 losses at a time and the other 60; nothing else differs.
+        assert measured(stacked) == pytest.approx(measured(single), rel=1e-9)
+
+
+def test_a_run_that_diverges_counts_as_chance_in_both():
+    problem = Problem(load_tasks(DIGITS)["digits_noisy"], seed=0)
+    runs = [Run("digits_noisy", "", 0, "sgd", "fixed", "constant", 1e6, w) for w in (0.1, 1.0)]
+    for row in [*train_many(problem, runs), train(problem, runs[0])]:
+        assert row.diverged and row.test_accuracy == 0.1 and row.last_test_accuracy == 0.1
+
+
+def test_rows_survive_the_file():
+    row = train(Problem(load_tasks(DIGITS)["digits_noisy"], 0), tiny_plan().grid(at())[0])
+    assert Row.from_json(row.to_json()) == row
+
+
+def at(seed=0):
+    return Setting("digits_noisy", "sgd", seed)
+
+
+def test_a_plan_goes_on_where_it_stopped(tmp_path):
+    plan, path = tiny_plan(), tmp_path / "rows.jsonl"
+    first = Table(path)
+    do_all(plan, first, workers=1, progress=False)
+    assert set(first.rows) == set(plan.known(at()))
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:5]) + lines[5][:30])  # killed while it wrote the sixth
+    again = Table(path)
+    assert len(again.rows) == 5
+    do_all(plan, again, workers=1, progress=False)
+    assert set(again.rows) == set(first.rows)
+    for run, row in again.rows.items():
+        assert measured(row) == pytest.approx(measured(first.rows[run]), rel=1e-4)  # float32
+    assert not plan.jobs(again.rows)
+
+
+def test_rows_of_other_settings_are_other_rows():
+    one, other = load_tasks(DIGITS), load_tasks([*DIGITS, "task.epochs=5"])
+    assert fingerprint(one["digits_noisy"]) != fingerprint(other["digits_noisy"])
+    elsewhere = load_tasks([*DIGITS, "task.data.split_seed=5"])  # the run's own seed decides
+    assert fingerprint(one["digits_noisy"]) == fingerprint(elsewhere["digits_noisy"])
+
+
+def test_all_methods_of_a_seed_share_data_weights_and_batches():
+    one, other = (Problem(load_tasks(DIGITS)["digits_noisy"], seed=1) for _ in range(2))
+    assert torch.equal(one.task.train.x, other.task.train.x)
+    assert torch.equal(one.model()[1].weight, other.model()[1].weight)
+    for a, b in zip(one.loader(), other.loader(), strict=True):
+        assert torch.equal(a.x, b.x)
+
+
+BAD = {
+    "tier.size.startlr=[1]": "command line: unknown key `tier.size.startlr`. "
+    "Did you mean `tier.size.start_lr`?",
+    "task=digits_nosy": "No task is called `digits_nosy`. Did you mean `digits_noisy`?",
+    "+tier.smaller.digits_noisy.seed=[1]": "configs/band/tier/quick.yaml: unknown key "
+    "`smaller.digits_noisy.seed`. Did you mean `seeds`?",
+    "methods=[hypr]": "`methods`: no method `hypr`. Did you mean `hyper`?",
+}
+
+
+@pytest.mark.parametrize("override", BAD)
+def test_a_bad_setting_is_named(override):
+    with pytest.raises(ConfigError) as caught:
+        Plan(load_band([*DIGITS, override]), load_tasks([*DIGITS, override]))
+    assert str(caught.value).startswith(BAD[override])
+
+
+def test_evaluations_are_equally_spaced_and_end_with_the_run():
+    problem = Problem(load_tasks(DIGITS)["digits_noisy"], seed=0)
+    assert sorted(problem.evaluation_steps) == [4, 8, 12]
+    row = train(problem, tiny_plan().grid(at())[0])
+    assert [entry[0] for entry in row.history] == [0, 4, 8, 12]
+    assert all(math.isfinite(value) for entry in row.history for value in entry)
