@@ -54,6 +54,15 @@ class TwiceDifferentiable:
             if not self._holders:
                 TwiceDifferentiable._way_back.pop_all().close()
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Hold the switches within."""
+        self.hold()
+        try:
+            yield
+        finally:
+            self.release()
+
 
 def _math_attention() -> AbstractContextManager[None]:
     return sdpa_kernel(SDPBackend.MATH)

@@ -6,7 +6,8 @@ the optimizer, one for all, per group, per tensor or per element.
 
 import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -87,6 +88,16 @@ class Hyperparameter:
     def __call__(self) -> Tensor:
         """Return λ, a leaf tensor with `requires_grad`."""
         return self.value
+
+    @contextmanager
+    def at(self, value: Tensor) -> Iterator[None]:
+        """Let λ be `value` for a while, whatever ρ is: a perturbed or a differentiable one."""
+        own = self.value
+        self.value = value
+        try:
+            yield
+        finally:
+            self.value = own
 
     def pull_back(self, hypergradient: Tensor) -> Tensor:
         """Return dE/dρ = (∂c/∂ρ)ᵀ dE/dλ, of ρ's shape."""

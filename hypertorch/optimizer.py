@@ -15,13 +15,15 @@ from . import arguments
 from .checkpoint import check_checkpoint
 from .dynamics import check_options, dynamics_of
 from .errors import HypertorchWarning, WindowError
-from .hypergradients import Engine, Unroll
+from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
+from .inner_loss import InnerLoss, missing_loss
 from .monitor import Monitor
 from .outer import GatedSign, OuterFactory
-from .outer_loop import OuterLoop, OuterLoss
+from .outer_loop import OuterLoop
 from .safeguards import Diverged, Safeguards
 from .state import Slots, load_optimizer
+from .transition import Gradients
 from .wrapper import OptimizerWrapper
 
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
@@ -110,12 +112,12 @@ class HyperOptimizer(OptimizerWrapper):
     ) -> None:
         arguments.check_pieces(optimizer, model, outer_loss, outer, engine)
         rhythm = arguments.check_rhythm(window, update_every, steps_per_epoch)
-        self._dynamics = dynamics_of(optimizer)
+        dynamics = dynamics_of(optimizer)
         super().__init__(optimizer)
         self.model, self.outer_loss = model, outer_loss
         Slots(model, self._params())
         is_learning = outer is not None
-        self.hyperparameters = arguments.learned(learn, optimizer, self._dynamics, is_learning)
+        self.hyperparameters = arguments.learned(learn, optimizer, dynamics, is_learning)
         arguments.place(self.hyperparameters.values(), self._params()[0])
         self._steps = 0
         self._warned_plain = False
@@ -163,8 +165,8 @@ class HyperOptimizer(OptimizerWrapper):
         Args:
             loss: the inner loss, a scalar tensor with its graph, which takes the place of
                 `zero_grad(); loss.backward(); step()`; or a closure that returns one; or nothing,
-                after the user's own `loss.backward()`: then it is a plain step, from which an
-                engine with `needs_loss` learns nothing.
+                after the user's own `loss.backward()`: then it is a plain step, from which only an
+                engine that needs no more than the gradients learns.
 
         Returns:
             The loss.
@@ -175,35 +177,32 @@ class HyperOptimizer(OptimizerWrapper):
                 needs a loss and got none.
             DivergenceError: training diverged in spite of repeated rollbacks.
         """
-        has_gradients = loss is None
-        if callable(loss):
-            loss, has_gradients = self._evaluate(loss)
-        if not has_gradients:
-            arguments.check_loss(loss, "The inner loss")
+        inner = InnerLoss(loss, self._params())
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
         with arguments.one_backward():
             if self._loop is None:
-                self._plain_step(loss, has_gradients)
+                self._plain_step(inner)
                 self._steps += 1
             else:
-                self._learning_step(self._loop, loss, has_gradients)
-        return loss
+                self._learning_step(self._loop, inner)
+        return inner.loss
 
-    def _learning_step(self, loop: OuterLoop, loss: Any, has_gradients: bool) -> None:
+    def _learning_step(self, loop: OuterLoop, inner: InnerLoss) -> None:
         was_due = loop.is_window_due
         try:
             loop.see_to_snapshot()
-            if was_due and has_gradients and loop.engine.needs_loss:
+            if was_due and not inner.suits(loop.engine):
                 self._refuse_or_warn(loop)
-                self._plain_step(loss, has_gradients)
+                self._plain_step(inner)
                 self._steps += 1
                 return
             if not was_due:
-                self._plain_step(loss, has_gradients)
-            elif loop.gradients_outside(loss):
-                self._plain_step(loss, has_gradients=True)
+                self._plain_step(inner)
+            elif loop.cut_if_written_to(inner.loss):
+                inner.has_gradients = inner.has_gradients or inner.loss is not None
+                self._plain_step(inner)
             else:
-                loop.window_step(loss)
+                loop.window_step(self._window_step(loop, inner))
             self._steps += 1
             if loop.advance():
                 self._record(loop)
@@ -212,38 +211,42 @@ class HyperOptimizer(OptimizerWrapper):
         if was_due or loop.is_window_due:
             loop.get_ready()
 
-    def _plain_step(self, loss: Any, has_gradients: bool) -> None:
+    def _window_step(self, loop: OuterLoop, inner: InnerLoss) -> TrainingStep:
+        """Return this step as an engine is given it."""
+
+        def make(grads: Gradients | None) -> None:
+            inner.loss, inner.has_gradients = step.loss, True
+            if grads is not None:
+                for param, grad in zip(self._params(), grads, strict=True):
+                    param.grad = grad
+            self._plain_step(inner)
+
+        if loop.engine.needs == "gradients":
+            inner.backward(self.zero_grad)
+        closure = inner.replayable() if loop.engine.needs == "closure" else None
+        step = TrainingStep(loop.groups.transition(), make, inner.value(), closure)
+        step.check = lambda grads: loop.safeguards.watch(step.loss, grads)
+        return step
+
+    def _plain_step(self, inner: InnerLoss) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
-        if not has_gradients:
-            self.zero_grad()
-            loss.backward()
+        inner.backward(self.zero_grad)
         grads = self._gradients()
         if self._loop is None:
             self._wrapped_step()
-            return
-        self._loop.safeguards.watch(loss if isinstance(loss, Tensor) else None, grads)
-        if self._loop.groups.are_scalar:
-            self._loop.groups.step(self._wrapped_step)
         else:
-            self._loop.groups.step_by(self._dynamics)
+            self._loop.safeguards.watch(inner.value(), grads)
+            self._loop.groups.step(self._wrapped_step)
 
     def _refuse_or_warn(self, loop: OuterLoop) -> None:
         """Say what a step without a loss means where a window is open or due."""
-        if loop.is_window_open:
-            raise WindowError(
-                f"A window of {loop.window} steps is open, and `step()` got no loss to "
-                "differentiate. Pass it, `step(loss)`, without calling backward; or switch "
-                "learning off with `outer=None`."
-            )
+        said = missing_loss(loop.engine, loop.window, loop.is_window_open)
+        if isinstance(said, WindowError):
+            raise said
         self._gradients()
         if not self._warned_plain:
             self._warned_plain = True
-            warnings.warn(
-                f"`step()` without a loss is a plain step, from which {loop.engine!r} learns "
-                "nothing. Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`.",
-                HypertorchWarning,
-                stacklevel=5,
-            )
+            warnings.warn(said, HypertorchWarning, stacklevel=5)
 
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, without an outer update.
@@ -267,14 +270,12 @@ class HyperOptimizer(OptimizerWrapper):
     def _record(self, loop: OuterLoop) -> None:
         if self._monitor is None or loop.hypergradients is None:
             return
-        assert loop.inner_loss_value is not None and loop.outer_loss_value is not None
         self._monitor.record(
             self._steps,
             {name: h() for name, h in self.hyperparameters.items()},
             loop.hypergradients,
             {
-                "loss/inner": loop.inner_loss_value,
-                "loss/outer": loop.outer_loss_value,
+                **loop.losses(),
                 "safeguards/rollbacks": float(self.rollbacks),
                 "cost/plain_steps": self.cost,
                 "cost/ratio": self.cost / self._steps,

@@ -6,27 +6,26 @@ end dE/dλ moves ρ, and λ = c(ρ) goes on training the weights.
 
 import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_loss, check_references, place
+from .arguments import check_references, place
 from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
-from .hypergradients import Engine, Window
+from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
+from .inner_loss import checked
 from .outer import OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
 from .state import ModuleBuffers, Slots, leaving_no_trace
 
-OuterLoss = Callable[[], Tensor]
-
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
-_TRANSIENT = ("_slots", "_switches", "_open", "_finalizer", "_before")
+_TRANSIENT = ("training", "_switches", "_open", "_finalizer", "_before")
 
 
 class OuterLoop:
@@ -48,7 +47,8 @@ class OuterLoop:
         overhead: what windows and outer losses have cost so far beyond the training steps
             themselves, in plain training steps.
         hypergradients, outer_loss_value, inner_loss_value: dE/dλ by name, E, and the mean inner
-            loss of the window, at the latest outer update; `None` before.
+            loss of the window, at the latest outer update; `None` before, or where it is unknown.
+        training: what the engine works on.
     """
 
     def __init__(
@@ -69,24 +69,31 @@ class OuterLoop:
         self._factory = factory
         settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
         self.groups = LearnedGroups(optimizer, settings)
+        self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
         self._age = 0  # steps since the state to roll back to
         self._cuts = 0
         self._losses: list[Tensor] = []
+        self._steps_in_window = 0
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
         self.inner_loss_value: Tensor | None = None
         self.groups.start()
         self.rule = self._new_rule()
         self._attach()
+        self.engine.check(self.training)
 
     def _attach(self) -> None:
-        self._slots = Slots(self.model, self._params())
+        self.training = self._new_training()
         self._switches = TwiceDifferentiable(self.model)
         self._open: list[Window] = []
         self._finalizer = weakref.finalize(self, _leave, self._open, self._switches)
         self._finalizer.atexit = False
         self.get_ready()
+
+    def _new_training(self) -> Training:
+        slots = Slots(self.model, self._params())
+        return Training(self.optimizer, slots, self.groups.dynamics, self.hyperparameters)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -105,8 +112,8 @@ class OuterLoop:
         return bool(self._open)
 
     def get_ready(self) -> None:
-        """Hold torch's switches if the next step belongs to a window, else let them go."""
-        if self.is_window_due:
+        """Hold torch's switches if the next step needs them, else let them go."""
+        if self.is_window_due and self.engine.differentiates_twice:
             self._switches.hold()
         else:
             self._switches.release()
@@ -140,15 +147,7 @@ class OuterLoop:
             buffers = ModuleBuffers(self.model)
         self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
-    @property
-    def _through_loss(self) -> bool:
-        """Whether a hyperparameter of the inner loss is learned."""
-        return len(self.groups.settings) < len(self.hyperparameters)
-
-    def _new_window(self) -> Window:
-        return self.engine.open(self.optimizer, self._slots, self._through_loss)
-
-    def window_step(self, loss: Tensor) -> None:
+    def window_step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ) as part of a window.
 
         Raises:
@@ -157,23 +156,28 @@ class OuterLoop:
         if not self._open:
             self.safeguards.settle()
             self._remember()
-        elif self.hypergradients is None:  # once is enough: in the first window
-            check_references(loss, self._open[0].params, self._slots.params)
-        window = self._open[0] if self._open else self._new_window()
-        window.step(loss, self.groups.overrides(), lambda grads: self.safeguards.watch(loss, grads))
+        elif step.loss is not None and self.hypergradients is None:  # once: in the first window
+            check_references(step.loss, self._open[0].params, self.training.slots.params)
+        window = self._open[0] if self._open else self.engine.open(self.training, self._carried)
+        window.step(step)
+        window.follow()
         self._open[:] = [window]
-        self._losses.append(loss.detach())
+        self._steps_in_window += 1
+        if step.loss is not None:
+            self._losses.append(step.loss.detach())
 
-    def gradients_outside(self, loss: Tensor) -> bool:
-        """Cut an open window whose weights somebody wrote to; leave ∇loss in `.grad` instead.
+    def cut_if_written_to(self, loss: Tensor | None) -> bool:
+        """Cut an open window whose weights somebody wrote to; leave ∇loss, if any, in `.grad`.
 
         Returns:
             Whether that was so: the step is then a plain one.
         """
         if not (self._open and self._open[0].was_written_to):
             return False
-        grads = torch.autograd.grad(loss, self._open[0].params, allow_unused=True)
+        params = [p for p in self._open[0].params if p.requires_grad]
+        found = torch.autograd.grad(loss, params, allow_unused=True) if loss is not None else ()
         self.close()
+        self._carried = None
         self._cuts += 1
         if self._cuts == 3:
             warnings.warn(
@@ -183,7 +187,8 @@ class OuterLoop:
                 HypertorchWarning,
                 stacklevel=5,
             )
-        for param, grad in zip(self._params(), grads, strict=True):
+        trainable = [p for p in self._params() if p.requires_grad]
+        for param, grad in zip(trainable, found, strict=False):
             param.grad = grad
         return True
 
@@ -210,18 +215,16 @@ class OuterLoop:
         except BaseException:
             self.close()
             raise
-        losses = self._losses
+        losses, horizon = self._losses, self._steps_in_window
         self.close()
-        self.overhead += self.engine.cost(len(losses), self._through_loss) - len(losses)
-        self.hypergradients, self.outer_loss_value = hypergradients, outer_loss.detach()
-        self.inner_loss_value = torch.stack(losses).mean()
+        self.overhead += self.engine.cost(horizon, self.training) - horizon
+        self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
+        self.inner_loss_value = torch.stack(losses).mean() if losses else None
         self._move(hypergradients)
 
     def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
         with leaving_no_trace(self.model), torch.enable_grad():
-            outer_loss = self.outer_loss()
-            check_loss(outer_loss, "The outer loss")
-            return outer_loss, self._open[0].hypergradient(outer_loss, self.hyperparameters)
+            return self._open[0].hypergradient(checked(self.outer_loss, "The outer loss"))
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
         """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
@@ -236,9 +239,10 @@ class OuterLoop:
 
     def roll_back(self, reason: Diverged) -> None:
         """Return to the state the last window started from, with a lower η."""
-        self._slots.fill(self._slots.params)
+        self.training.slots.fill(self.training.slots.params)
         self._open.clear()
-        self._losses = []
+        self._forget_window()
+        self._carried = None
         self.position = 0
         self.safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
         self.rule = self._new_rule()
@@ -247,10 +251,13 @@ class OuterLoop:
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, and release the switches."""
         for window in self._open:
-            window.close()
+            self._carried = window.close()
         self._open.clear()
-        self._losses = []
+        self._forget_window()
         self._switches.release()
+
+    def _forget_window(self) -> None:
+        self._losses, self._steps_in_window = [], 0
 
     def cut(self) -> None:
         """Make the present state a start: what came before it no longer matters."""
@@ -261,11 +268,12 @@ class OuterLoop:
 
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the param group that was added last; the outer rule starts afresh."""
-        self._slots = Slots(self.model, self._params())
         self.groups.add_group(additions)
+        self.training = self._new_training()
         place(self.hyperparameters.values(), self._params()[0])
         self.rule = self._new_rule()
         self.cut()
+        self._carried = None
 
     def restart(self) -> None:
         """Learn on from the numbers that the param groups hold."""
@@ -273,6 +281,12 @@ class OuterLoop:
         self.rule = self._new_rule()
         self.position = 0
         self.cut()
+        self._carried = None
+
+    def losses(self) -> dict[str, Tensor]:
+        """Return the losses of the latest outer update by name, as far as they are known."""
+        found = {"loss/inner": self.inner_loss_value, "loss/outer": self.outer_loss_value}
+        return {name: loss for name, loss in found.items() if loss is not None}
 
     def choices(self) -> dict[str, str | int]:
         """Return what was chosen for this run, by name."""
@@ -291,6 +305,7 @@ class OuterLoop:
             "raw": {name: h.raw.detach().clone() for name, h in self.hyperparameters.items()},
             "groups": self.groups.state_dict(),
             "position": self.position,
+            "carried": deepcopy(self._carried),
             "overhead": self.overhead,
             "rule": deepcopy(self.rule.state_dict()),
             "safeguards": self.safeguards.state_dict(),
@@ -305,6 +320,7 @@ class OuterLoop:
                 h.refresh()
         self.groups.load_state_dict(state["groups"])
         self.position, self.overhead = state["position"], state["overhead"]
+        self._carried = deepcopy(state["carried"])
         self.rule.load_state_dict(deepcopy(state["rule"]))
         self.safeguards.load_state_dict(state["safeguards"])
         load = getattr(self.outer_loss, "load_state_dict", None)

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamics import Dynamics, read_setting, write_setting
+from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
 from .hyperparameters import Setting
-from .state import set_buffers
+from .state import State, set_state
+from .transition import Transition
 
 
 class LearnedGroups:
@@ -30,6 +31,7 @@ class LearnedGroups:
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Mapping[str, Setting]) -> None:
         self.optimizer = optimizer
+        self.dynamics = dynamics_of(optimizer)
         self.settings = dict(settings)
         self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
         self._published: dict[str, list[float]] = {}
@@ -48,16 +50,11 @@ class LearnedGroups:
         """Return schedule(t) of one group: 1 while nobody else writes its `lr`."""
         return float(self._groups[group]["lr"]) / self.reference[group]
 
-    def overrides(self) -> dict[str, list[Tensor | list[Tensor]]]:
-        """Return what Φ is to use in place of the groups' numbers: η_t and the other λ."""
+    def transition(self) -> Transition:
+        """Return Φ_t with the groups as they are now."""
         self._check_nobody_else_wrote()
-        chosen = {
-            name: [setting.of_group(g) for g in range(len(self._groups))]
-            for name, setting in self.settings.items()
-        }
-        if "lr" in chosen:
-            chosen["lr"] = [_scaled(lr, self.schedule(g)) for g, lr in enumerate(chosen["lr"])]
-        return chosen
+        groups, schedule = self._groups, [self.schedule(g) for g in range(len(self._groups))]
+        return Transition(self.dynamics, [dict(g) for g in groups], self.settings, schedule)
 
     def publish(self) -> None:
         """Write what is learned into the groups, as numbers; one host synchronisation."""
@@ -135,7 +132,9 @@ class LearnedGroups:
         return [value * self.schedule(g) for g, value in enumerate(learned)]
 
     def step(self, step: Callable[[], None]) -> None:
-        """Call torch's own `step` with η_t as every group's `lr`."""
+        """Call torch's own `step` with η_t as every group's `lr`; Φ where torch has no such λ."""
+        if not self.are_scalar:
+            return self._step_by_dynamics()
         self._check_nobody_else_wrote()
         if "lr" not in self.settings or not any("initial_lr" in g for g in self._groups):
             return step()  # `lr` is η_t already
@@ -149,19 +148,14 @@ class LearnedGroups:
                 group["lr"] = lr
 
     @torch.no_grad()
-    def step_by(self, dynamics: Dynamics) -> None:
+    def _step_by_dynamics(self) -> None:
         """Step along `.grad` by Φ itself: torch has no setting per tensor or element."""
-        overrides, states = self.overrides(), self.optimizer.state
-        new: list[dict[int, dict[str, Tensor]]] = []
-        for g, live in enumerate(self._groups):
-            group = {**live, **{name: by_group[g] for name, by_group in overrides.items()}}
-            new.append({})
-            for i, param in enumerate(group["params"]):
-                if param.grad is not None:
-                    buffers = dict(states[param])
-                    value, new[g][i] = dynamics.step(param, param.grad, buffers, group, i)
-                    param.copy_(value)
-        set_buffers(self.optimizer, new)
+        state = State.of(self.optimizer)
+        following = self.transition()(state, [p.grad for p in state.params])
+        for param, new in zip(state.params, following.params, strict=True):
+            if new is not param:
+                param.copy_(new)
+        set_state(self.optimizer, following.buffers)
 
     def _check_nobody_else_wrote(self) -> None:
         for g, name, value in self._expected:
@@ -185,9 +179,3 @@ def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) 
         if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):
             raise ArgumentTypeError(f"`{name}` of {owner} must be a number. Got {value!r}.")
     return [float(value) for value in found]
-
-
-def _scaled(lr: Tensor | list[Tensor], factor: float) -> Tensor | list[Tensor]:
-    if factor == 1.0:
-        return lr
-    return [part * factor for part in lr] if isinstance(lr, list) else lr * factor

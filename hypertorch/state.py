@@ -6,8 +6,9 @@ snapshots to return to, and passes through a model that leave no trace.
 
 import random
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,52 @@ _NOT_IN_A_WINDOW = (
     "{} has to wait: a window is open, and its graph holds the weight. "
     "Call `optimizer.close()` first."
 )
+
+
+@dataclass(frozen=True)
+class State:
+    """s = (params, buffers of the optimizer), one entry per parameter, in the optimizer's order.
+
+    Attributes:
+        params: the weights.
+        buffers: of each parameter, under torch's own keys; empty before its first step.
+    """
+
+    params: list[Tensor]
+    buffers: list[dict[str, Any]]
+
+    @classmethod
+    def of(cls, optimizer: torch.optim.Optimizer) -> "State":
+        """Return the live tensors themselves, not copies."""
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        return cls(params, [dict(optimizer.state.get(p, {})) for p in params])
+
+    def parts(self) -> "Parts":
+        """Return every tensor that s can be differentiated in: all but the step counters."""
+        params = {(i, "param"): p for i, p in enumerate(self.params)}
+        return params | {
+            (i, key): value
+            for i, buffers in enumerate(self.buffers)
+            for key, value in buffers.items()
+            if isinstance(value, Tensor) and value.is_floating_point() and key != "step"
+        }
+
+    def replaced(self, parts: "Parts") -> "State":
+        """Return this state with other tensors in the place of some of its parts."""
+        params = [parts.get((i, "param"), p) for i, p in enumerate(self.params)]
+        buffers = [
+            {key: parts.get((i, key), value) for key, value in old.items()}
+            for i, old in enumerate(self.buffers)
+        ]
+        return State(params, buffers)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "State":
+        """Return the state with `function` of every part."""
+        return self.replaced({place: function(part) for place, part in self.parts().items()})
+
+
+#: Tensors by their place in a state: (position of the parameter, "param" or the buffer's key).
+Parts = dict[tuple[int, str], Tensor]
 
 
 class FastParameter(torch.Tensor):
@@ -134,13 +181,11 @@ def _fast(tensor: Tensor, live: Tensor) -> Tensor:
     return fast
 
 
-def set_buffers(
-    optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[int, Mapping[str, Any]]]
-) -> None:
-    """Give a live optimizer its buffers, cut from the graph; `buffers` is by group and position."""
-    for group, states in zip(optimizer.param_groups, buffers, strict=True):
-        for position, state in states.items():
-            param = group["params"][position]
+def set_state(optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[str, Any]]) -> None:
+    """Give a live optimizer its buffers, parameter by parameter, cut from the graph."""
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for param, state in zip(params, buffers, strict=True):
+        if state:
             optimizer.state[param] = {k: _settled(k, v) for k, v in state.items()}
 
 

@@ -4,7 +4,6 @@ References to `state` and `param_groups` are never shared but looked up, so that
 which replaces them, and pickle and deepcopy keep the two together.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -67,19 +66,6 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Call the wrapped step without its hooks: the wrapper's own step has run them."""
         step = type(self.optimizer).step
         getattr(step, "__wrapped__", step)(self.optimizer)
-
-    def _evaluate(self, closure: Callable[[], Any]) -> tuple[Any, bool]:
-        """Return the closure's loss and whether the closure has called backward itself."""
-        seen: list[Tensor] = []
-        trainable = [p for p in self._params() if p.requires_grad]
-        hooks = [p.register_post_accumulate_grad_hook(seen.append) for p in trainable]
-        try:
-            with torch.enable_grad():
-                loss = closure()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return loss, bool(seen)
 
     def _gradients(self) -> list[Tensor | None]:
         """Return the gradients to step along, of which there must be one."""

@@ -121,7 +121,8 @@ def test_a_plain_step_where_a_window_is_due_says_once_that_nothing_is_learned_fr
         train_plainly(model, optimizer, batches(9))
     assert [str(w.message) for w in caught] == [
         "`step()` without a loss is a plain step, from which Unroll() learns nothing. "
-        "Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`."
+        "Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`, or pass "
+        "`engine=FirstOrder()`."
     ]
     assert caught[0].category is hypertorch.HypertorchWarning
     train_plainly(twin, other, batches(9))

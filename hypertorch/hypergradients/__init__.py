@@ -1,6 +1,14 @@
 """dE/dλ by every method of the literature: one method per file, one interface."""
 
-from .engine import Engine, Window
+from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .unroll import Unroll
 
-__all__ = ["Engine", "Unroll", "Window"]
+__all__ = [
+    "Carried",
+    "Engine",
+    "OuterLoss",
+    "Training",
+    "TrainingStep",
+    "Unroll",
+    "Window",
+]

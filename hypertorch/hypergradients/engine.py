@@ -6,17 +6,89 @@ not its business.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from ..hyperparameters import Hyperparameter
+from ..dynamics import Dynamics
+from ..errors import WindowError
+from ..hyperparameters import Hyperparameter, Setting
 from ..state import Slots
+from ..transition import Gradients, Transition
 
-#: What is asked of every step's gradients before they are used.
-GradientCheck = Callable[[Sequence[Tensor | None]], None]
-#: Learned settings by name, each a list over the param groups.
-Overrides = dict[str, list[Tensor | list[Tensor]]]
+OuterLoss = Callable[[], Tensor]
+
+#: What one window hands to the next, and to a checkpoint: plain containers of tensors and numbers.
+Carried = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Training:
+    """What is trained and what is learned: the live objects an engine works on.
+
+    Attributes:
+        optimizer: the bare optimizer.
+        slots: the model, and where it keeps the parameters.
+        dynamics: Φ.
+        hyperparameters: λ, by name.
+    """
+
+    optimizer: torch.optim.Optimizer
+    slots: Slots
+    dynamics: Dynamics
+    hyperparameters: Mapping[str, Hyperparameter]
+
+    @property
+    def settings(self) -> dict[str, Setting]:
+        """The hyperparameters of the optimizer."""
+        return {n: h for n, h in self.hyperparameters.items() if isinstance(h, Setting)}
+
+    @property
+    def in_loss(self) -> dict[str, Hyperparameter]:
+        """The hyperparameters that the user's losses hold."""
+        return {n: h for n, h in self.hyperparameters.items() if not isinstance(h, Setting)}
+
+    def values(self) -> dict[str, Tensor]:
+        """Return λ by name: leaves."""
+        return {name: h.value for name, h in self.hyperparameters.items()}
+
+    def count(self) -> int:
+        """Return how many numbers are learned."""
+        return sum(h.value.numel() for h in self.hyperparameters.values())
+
+
+@dataclass
+class TrainingStep:
+    """One training step that belongs to a window, as the engine is given it.
+
+    Attributes:
+        transition: Φ_t.
+        make: makes the step on the live weights, by torch's own optimizer where it can: along the
+            gradients given, or along those in `.grad`.
+        loss: the inner loss, with its graph where the engine asked for one; `None` while unknown.
+        closure: computes the inner loss at the weights the model holds, as often as it is called;
+            `None` where the engine asked for none.
+        check: to be shown the gradients before they are used; raises where they must not be.
+    """
+
+    transition: Transition
+    make: Callable[[Gradients | None], None]
+    loss: Tensor | None = None
+    closure: Callable[[], Tensor] | None = None
+    check: Callable[[Gradients], None] = lambda grads: None
+
+    def with_graph(self) -> Tensor:
+        """Return the inner loss; an engine that needs one has been given one."""
+        assert self.loss is not None
+        return self.loss
+
+    def evaluate(self) -> Tensor:
+        """Call the closure at the weights the model holds, and set `loss`."""
+        assert self.closure is not None
+        self.loss = self.closure()
+        return self.loss
 
 
 class Window(ABC):
@@ -24,56 +96,112 @@ class Window(ABC):
 
     Attributes:
         params: the weights as the model holds them now.
-        was_written_to: whether someone changed one of them in place since the last step, so that
-            the window no longer describes them.
     """
 
-    params: list[Tensor]
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.params: list[Tensor] = list(training.slots.params)
+        self._versions: list[int] = []
+        self.follow()
+
+    def follow(self) -> None:
+        """Take the weights' present values as this window's own doing."""
+        self._versions = [p._version for p in self.params]
 
     @property
-    @abstractmethod
-    def was_written_to(self) -> bool: ...
+    def was_written_to(self) -> bool:
+        """Whether someone else changed a weight in place: the window no longer describes it."""
+        return self._versions != [p._version for p in self.params]
 
     @abstractmethod
-    def step(self, loss: Tensor, overrides: Overrides, check: GradientCheck) -> None:
-        """Make one training step s_t = Φ_t(s_{t-1}, λ) from the loss at the present weights."""
+    def step(self, step: TrainingStep) -> None:
+        """Make one training step s_t = Φ_t(s_{t-1}, λ) and take it into the window."""
 
     @abstractmethod
-    def hypergradient(
-        self, outer_loss: Tensor, hyperparameters: Mapping[str, Hyperparameter]
-    ) -> dict[str, Tensor]:
-        """Return dE/dλ for each hyperparameter, in its own units and shape."""
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E and dE/dλ for each hyperparameter, in its own units and shape.
+
+        Args:
+            outer_loss: computes E at the weights the model holds; the model is left in whatever
+                mode it had, but module buffers and random numbers may have moved.
+        """
 
     @abstractmethod
-    def close(self) -> None:
-        """Hand weights and buffers back to the live model and optimizer."""
+    def close(self) -> Carried | None:
+        """Leave the live model and optimizer as training made them; return what goes on."""
+
+
+class LiveWindow(Window):
+    """A window whose steps are made on the live weights, by the optimizer itself."""
+
+    def close(self) -> Carried | None:
+        """Nothing is to be handed back."""
+        return None
 
 
 class Engine(ABC):
     """A method of computing hypergradients.
 
     Attributes:
-        needs_loss: whether it must be given the inner loss with its graph (`step(loss)`). An engine
-            that does not can learn from the user's own `loss.backward(); optimizer.step()`.
+        needs: what it must be given of each step in a window: the `"gradients"` in `.grad` (it can
+            then learn from an unchanged `loss.backward(); optimizer.step()`), the `"loss"` with its
+            graph, or a `"closure"` that computes the same loss again.
+        differentiates_twice: whether torch must be told so before the forward pass.
     """
 
-    needs_loss: bool
+    needs: ClassVar[Literal["gradients", "loss", "closure"]]
+    differentiates_twice: ClassVar[bool] = True
+
+    def check(self, training: Training) -> None:
+        """Raise if a hyperparameter, Φ or model cannot be differentiated by this method.
+
+        Raises:
+            UnsupportedError: names it, and an engine that can.
+        """
+        return None
 
     @abstractmethod
-    def open(self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool) -> Window:
+    def open(self, training: Training, carried: Carried | None = None) -> Window:
         """Open a window at the present state of a live model and optimizer.
 
         Args:
-            optimizer: the bare optimizer.
-            slots: where the model keeps the parameters.
-            through_loss: whether a hyperparameter of the inner loss is learned.
+            training: what is trained and learned.
+            carried: what the window before this one returned when it was closed.
         """
 
     @abstractmethod
-    def cost(self, horizon: int, through_loss: bool) -> float:
+    def cost(self, horizon: int, training: Training) -> float:
         """Return what a window of `horizon` steps costs, in plain training steps.
 
         Args:
             horizon: K, the number of steps in the window.
-            through_loss: whether a hyperparameter of the inner loss is learned.
+            training: what is trained and learned.
         """
+
+
+def outer_gradient(
+    outer_loss: Tensor, params: Sequence[Tensor], values: Mapping[str, Tensor]
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+    """Return ∂_s E at the weights, `None` where E does not depend on one, and ∂_λ E.
+
+    Raises:
+        WindowError: E depends on none of the weights.
+    """
+    trainable = [p for p in params if p.requires_grad]
+    found = torch.autograd.grad(outer_loss, [*trainable, *values.values()], allow_unused=True)
+    if all(gradient is None for gradient in found[: len(trainable)]):
+        raise independent_outer_loss()
+    gradients = iter(found[: len(trainable)])
+    direct = zip(values.items(), found[len(trainable) :], strict=True)
+    return (
+        [next(gradients) if p.requires_grad else None for p in params],
+        {n: torch.zeros_like(v) if d is None else d for (n, v), d in direct},
+    )
+
+
+def independent_outer_loss() -> WindowError:
+    """Return the error for an E that does not depend on the weights."""
+    return WindowError(
+        "The outer loss does not depend on the weights that train. Compute it from the "
+        "`model` that was wrapped, not from a copy or an average of it."
+    )

@@ -3,16 +3,25 @@
 `higher` runs the unroll of our Φ; one backward pass of autograd from E is the recursion.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..dynamics import unrolled
 from ..errors import WindowError
-from ..hyperparameters import Hyperparameter
-from ..state import Slots, set_buffers
-from .engine import Engine, GradientCheck, Overrides, Window
+from ..state import set_state
+from ..transition import check_dependence
+from .engine import (
+    Carried,
+    Engine,
+    OuterLoss,
+    Training,
+    TrainingStep,
+    Window,
+    independent_outer_loss,
+)
 
 
 class Unroll(Engine):
@@ -32,17 +41,15 @@ class Unroll(Engine):
         Grefenstette et al. 2019 (`higher`), with our Φ in place of theirs.
     """
 
-    needs_loss = True
+    needs = "loss"
 
-    def open(
-        self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool
-    ) -> "UnrolledWindow":
+    def open(self, training: Training, carried: Carried | None = None) -> "UnrolledWindow":
         """Start a graph at the present weights and buffers."""
-        return UnrolledWindow(optimizer, slots, through_loss)
+        return UnrolledWindow(training)
 
-    def cost(self, horizon: int, through_loss: bool) -> float:
+    def cost(self, horizon: int, training: Training) -> float:
         """Return K + 1 + 2 (K − 1), or K + 1 + 2 K with a hyperparameter in the loss."""
-        return horizon + 1 + 2 * (horizon if through_loss else horizon - 1)
+        return horizon + 1 + 2 * (horizon if training.in_loss else horizon - 1)
 
     def __repr__(self) -> str:
         return "Unroll()"
@@ -51,24 +58,17 @@ class Unroll(Engine):
 class UnrolledWindow(Window):
     """A window whose steps are one growing graph, its fast weights in the model's own slots."""
 
-    def __init__(self, optimizer: torch.optim.Optimizer, slots: Slots, through_loss: bool) -> None:
-        self._optimizer, self._slots = optimizer, slots
-        self._gradient_is_constant = not through_loss
-        self._unrolled = unrolled(optimizer)
-        self.params: list[Tensor] = list(slots.params)
-        self._versions = _versions(self.params)
+    def __init__(self, training: Training) -> None:
+        super().__init__(training)
+        self._gradient_is_constant = not training.in_loss
+        self._unrolled = unrolled(training.optimizer)
 
-    @property
-    def was_written_to(self) -> bool:
-        """Whether a weight's version moved on: the graph no longer describes it."""
-        return self._versions != _versions(self.params)
-
-    def step(self, loss: Tensor, overrides: Overrides, check: GradientCheck) -> None:
+    def step(self, step: TrainingStep) -> None:
         """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
 
         def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-            _check_dependence(grads)
-            check(grads)
+            check_dependence(grads)
+            step.check(grads)
             self._unrolled._track_higher_grads = True  # the step itself always belongs to the graph
             return grads
 
@@ -76,62 +76,53 @@ class UnrolledWindow(Window):
         # hyperparameter of its own: no second derivative of that loss is ever asked for.
         self._unrolled._track_higher_grads = not self._gradient_is_constant
         self._gradient_is_constant = False
-        self._follow_live_groups()
+        self._follow_groups(step.transition.groups)
         params = self._unrolled.step(
-            loss, params=self.params, override=overrides, grad_callback=checked
+            step.with_graph(),
+            params=self.params,
+            override=step.transition.overrides(),
+            grad_callback=checked,
         )
-        self.params = self._slots.fill(params)
-        self._versions = _versions(self.params)
+        self.params = self.training.slots.fill(params)
 
-    def _follow_live_groups(self) -> None:
-        """Take over what a scheduler wrote to the live param groups since the last step."""
-        groups = zip(self._unrolled.param_groups, self._optimizer.param_groups, strict=True)
-        for group, live in groups:
+    def _follow_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Take over what a scheduler wrote to the param groups since the last step."""
+        for group, live in zip(self._unrolled.param_groups, groups, strict=True):
             group.update({k: v for k, v in live.items() if k != "params"})
 
-    def hypergradient(
-        self, outer_loss: Tensor, hyperparameters: Mapping[str, Hyperparameter]
-    ) -> dict[str, Tensor]:
-        """Return dE/dλ; one that E does not depend on is exactly zero.
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E and dE/dλ; one that E does not depend on is exactly zero.
 
         Raises:
             WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
-        values = [h.value for h in hyperparameters.values()]
+        values, loss = self.training.values(), outer_loss()
         try:
-            gradients = torch.autograd.grad(outer_loss, values, allow_unused=True)
+            gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
             if all(gradient is None for gradient in gradients):
-                self._check_outer_dependence(outer_loss)
+                self._check_outer_dependence(loss)
         except RuntimeError as error:
             if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
                 raise _broken_graph() from error
             raise
-        return {
+        return loss.detach(), {
             name: torch.zeros_like(value) if gradient is None else gradient
-            for name, value, gradient in zip(hyperparameters, values, gradients, strict=True)
+            for (name, value), gradient in zip(values.items(), gradients, strict=True)
         }
 
     def _check_outer_dependence(self, outer_loss: Tensor) -> None:
         trainable = [p for p in self.params if p.requires_grad]
         gradients = torch.autograd.grad(outer_loss, trainable, allow_unused=True)
         if all(gradient is None for gradient in gradients):
-            raise WindowError(
-                "The outer loss does not depend on the weights that train. Compute it from the "
-                "`model` that was wrapped, not from a copy or an average of it."
-            )
+            raise independent_outer_loss()
 
-    def close(self) -> None:
+    def close(self) -> Carried | None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
-        self._slots.hand_back(self.params)
-        set_buffers(self._optimizer, self._unrolled.state)
-
-
-def _check_dependence(grads: Sequence[Tensor | None]) -> None:
-    if all(grad is None for grad in grads):
-        raise WindowError(
-            "The loss does not depend on the model's present weights. Compute it from "
-            "`model` after the previous step, and call `step(loss)` once per loss."
-        )
+        self.training.slots.hand_back(self.params)
+        groups = zip(self._unrolled.state, self._unrolled.param_groups, strict=True)
+        buffers = [states.get(i, {}) for states, g in groups for i in range(len(g["params"]))]
+        set_state(self.training.optimizer, buffers)
+        return None
 
 
 #: How torch says that a tensor of the graph was written to, or its graph freed.
@@ -145,7 +136,3 @@ def _broken_graph() -> WindowError:
         "that one too, with the same `window` and `update_every`, and detach what a loss does "
         "not train."
     )
-
-
-def _versions(tensors: Iterable[Tensor]) -> list[int]:
-    return [t._version for t in tensors]

@@ -1,0 +1,135 @@
+"""`hypergradient`: dE/dλ of K training steps from where a model is now, by any engine.
+
+The functional form that every engine shares, for researchers and for tests: nothing is learned, and
+model, optimizer, buffers and random numbers are left exactly as they were.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+
+from .double_backward import TwiceDifferentiable
+from .dynamics import dynamics_of
+from .errors import ArgumentError
+from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
+from .inner_loss import checked
+from .optimizer import HyperOptimizer
+from .param_groups import LearnedGroups
+from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace
+from .transition import Gradients
+
+
+def hypergradient(
+    optimizer: HyperOptimizer,
+    inner_losses: Sequence[Callable[[], Tensor]],
+    outer_loss: OuterLoss,
+    engine: Engine | None = None,
+) -> dict[str, Tensor]:
+    """Return dE/dλ through K training steps, s_t = Φ_t(s_{t-1}, λ), E = E(s_K, λ).
+
+    The steps start from the present weights and optimizer buffers, at the present λ and η_t, and
+    are taken back afterwards: parameters, `.grad`, optimizer, module buffers, modes and random
+    numbers are as they were. An open window is closed first, as by `optimizer.close()`.
+
+    Args:
+        optimizer: what it learns is what E is differentiated in; `outer=None` will do.
+        inner_losses: K closures, one per step, each of which returns the inner loss at the weights
+            the model holds, the same one whenever it is called: `functools.partial(loss_fn, x, y)`.
+        outer_loss: a closure that returns E.
+        engine: how; default `Unroll()`.
+
+    Returns:
+        dE/dλ by name, in λ's own units and shape.
+
+    Raises:
+        ArgumentError: there is no closure, or a loss is not a scalar.
+        UnsupportedError: the engine cannot do this, and which one can.
+        WindowError: a loss does not depend on the model's weights.
+
+    Cost: `engine.cost(K, …)` training steps, and one copy of the state.
+
+    Example:
+        >>> from functools import partial
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.ones(4, 3), torch.ones(4, 1)
+        >>> def loss(x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.01)
+        >>> optimizer = HyperOptimizer(sgd, model, outer=None)
+        >>> sorted(hypergradient(optimizer, [partial(loss, x, y)] * 3, partial(loss, x, y)))
+        ['lr', 'weight_decay']
+    """
+    if not inner_losses:
+        raise ArgumentError("`inner_losses` is empty. Pass one closure per training step.")
+    optimizer.close()
+    engine = engine or Unroll()
+    bare, model = optimizer.optimizer, optimizer.model
+    params = [p for group in bare.param_groups for p in group["params"]]
+    slots = Slots(model, params)
+    training = Training(bare, slots, dynamics_of(bare), optimizer.hyperparameters)
+    engine.check(training)
+    with _as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
+        groups = LearnedGroups(bare, training.settings)
+        groups.start()
+        window = engine.open(training)
+        try:
+            for inner_loss in inner_losses:
+                window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
+                window.follow()
+            return window.hypergradient(checked(outer_loss, "The outer loss"))[1]
+        finally:
+            window.close()
+
+
+def _step(
+    optimizer: HyperOptimizer, groups: LearnedGroups, engine: Engine, closure: OuterLoss
+) -> TrainingStep:
+    """Return a step that is made as the wrapped optimizer makes it."""
+    bare = optimizer.optimizer
+    params = [p for group in bare.param_groups for p in group["params"]]
+
+    def make(grads: Gradients | None) -> None:
+        for param, grad in zip(params, grads or (), strict=False):
+            param.grad = grad
+        groups.step(optimizer._wrapped_step)
+
+    if engine.needs == "closure":
+        return TrainingStep(groups.transition(), make, closure=closure)
+    loss = closure()
+    if engine.needs == "gradients":
+        trainable = [p for p in params if p.requires_grad]
+        found = torch.autograd.grad(loss, trainable, allow_unused=True)
+        for param, grad in zip(trainable, found, strict=True):
+            param.grad = grad
+    return TrainingStep(groups.transition(), make, loss)
+
+
+def _switches(engine: Engine, optimizer: HyperOptimizer) -> AbstractContextManager[None]:
+    if engine.differentiates_twice:
+        return TwiceDifferentiable(optimizer.model).held()
+    return nullcontext()
+
+
+@contextmanager
+def _as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
+    """After, everything that training touches is as it was before."""
+    bare, model = optimizer.optimizer, optimizer.model
+    snapshot = Snapshot(bare, ModuleBuffers(model))
+    params = [p for group in bare.param_groups for p in group["params"]]
+    grads = [p.grad for p in params]
+    copies = [None if grad is None else grad.clone() for grad in grads]
+    groups = [dict(group) for group in bare.param_groups]
+    with leaving_no_trace(model):
+        try:
+            for param in params:
+                param.grad = None
+            yield
+        finally:
+            snapshot.restore(bare)
+            for param, grad, copy in zip(params, grads, copies, strict=True):
+                param.grad = grad if grad is None else grad.copy_(copy)
+            for group, before in zip(bare.param_groups, groups, strict=True):
+                group.clear()
+                group.update(before)

@@ -1,0 +1,125 @@
+"""What a user hands to `step`: a loss with its graph, a closure that computes one, or gradients.
+
+An engine says which of them it needs in a window; what is given may be more, and must not be less.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arguments import check_loss
+from .errors import ArgumentError, WindowError
+from .hypergradients import Engine, OuterLoss
+
+
+class InnerLoss:
+    """The inner loss of one training step.
+
+    Args:
+        given: a scalar tensor with its graph; a closure that returns one, with or without calling
+            backward on it; or `None`, after the user's own `loss.backward()`.
+        params: the weights that train.
+
+    Attributes:
+        closure: what computes the loss; `None` where a tensor or nothing was given.
+        loss: the loss, once it is known.
+        has_gradients: whether backward has been called on it.
+    """
+
+    def __init__(self, given: Any, params: Sequence[Tensor]) -> None:
+        self.params = params
+        self.closure: Callable[[], Any] | None = given if callable(given) else None
+        self.loss: Tensor | None = None if callable(given) else given
+        self.has_gradients = given is None
+        if not (self.closure or self.has_gradients):
+            check_loss(given, "The inner loss")
+
+    def evaluate(self) -> None:
+        """Call the closure, if the loss is not known yet, and see whether it calls backward."""
+        if self.closure is None or self.loss is not None:
+            return
+        seen: list[Tensor] = []
+        trainable = [p for p in self.params if p.requires_grad]
+        hooks = [p.register_post_accumulate_grad_hook(seen.append) for p in trainable]
+        try:
+            with torch.enable_grad():
+                self.loss = self.closure()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        self.has_gradients = bool(seen)
+        if not self.has_gradients:
+            check_loss(self.loss, "The inner loss")
+
+    def backward(self, zero_grad: Callable[[], None]) -> None:
+        """See that the weights' `.grad` holds the gradient of this loss."""
+        self.evaluate()
+        if not self.has_gradients:
+            assert self.loss is not None
+            zero_grad()
+            self.loss.backward()
+            self.has_gradients = True
+
+    def value(self) -> Tensor | None:
+        """Return the loss where it is a tensor that can be watched."""
+        return self.loss if isinstance(self.loss, Tensor) else None
+
+    def replayable(self) -> Callable[[], Tensor]:
+        """Return the closure, which raises unless it returns a scalar with a graph."""
+        assert self.closure is not None
+        return functools.partial(_with_graph, checked(self.closure, "The inner loss"))
+
+    def suits(self, engine: Engine) -> bool:
+        """Whether it is enough for a step of a window.
+
+        Raises:
+            ArgumentError: the engine needs a closure, and a loss was given.
+        """
+        if engine.needs == "closure" and self.loss is not None:
+            raise ArgumentError(
+                f"`{engine!r}` computes the losses of a window again, and `step` got a tensor. "
+                "Pass a closure: `step(functools.partial(loss_fn, x, y))`; or use `Unroll()`."
+            )
+        if engine.needs == "loss":
+            self.evaluate()
+        return engine.needs == "gradients" or not self.has_gradients
+
+
+def _with_graph(closure: Callable[[], Tensor]) -> Tensor:
+    with torch.enable_grad():
+        return closure()
+
+
+def checked(loss: OuterLoss, what: str) -> OuterLoss:
+    """Return the same loss, which raises unless it returns a scalar with a graph."""
+
+    def evaluate() -> Tensor:
+        value = loss()
+        check_loss(value, what)
+        return value
+
+    return evaluate
+
+
+def missing_loss(engine: Engine, horizon: int, is_open: bool) -> WindowError | str:
+    """Return what to say of a step in a window that comes with gradients alone.
+
+    Returns:
+        An error where the window is open, and a warning where it is only due: then the step is a
+        plain one.
+    """
+    instead = "step(loss)" if engine.needs == "loss" else "step(functools.partial(loss_fn, x, y))"
+    if is_open:
+        return WindowError(
+            f"A window of {horizon} steps is open, and `step()` got no loss to differentiate. "
+            f"Pass it, `{instead}`, without calling backward; or switch learning off with "
+            "`outer=None`."
+        )
+    return (
+        f"`step()` without a loss is a plain step, from which {engine!r} learns nothing. "
+        f"Replace `loss.backward(); optimizer.step()` by `optimizer.{instead}`, or pass "
+        "`engine=FirstOrder()`."
+    )

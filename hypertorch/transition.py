@@ -1,0 +1,229 @@
+"""One training step as a function, s_t = Φ_t(s_{t-1}, λ), and its derivatives as products.
+
+A_t = ∂Φ_t/∂s_{t-1} and B_t = ∂Φ_t/∂λ are never formed: only A z + B e, αᵀA and αᵀB are. The inner
+loss's gradient is part of Φ_t, so that each product contains one Hessian-vector product.
+"""
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from .dynamics import Dynamics
+from .errors import WindowError
+from .hyperparameters import Hyperparameter, Setting
+from .state import Parts, State
+
+#: Learned settings by name, each a list over the param groups.
+Overrides = dict[str, list[Tensor | list[Tensor]]]
+Gradients = Sequence[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Transition:
+    """Φ_t of one step, for given gradients: s_t = Φ(s_{t-1}, g_t, λ).
+
+    Attributes:
+        dynamics: Φ of one tensor.
+        groups: the param groups as they were at step t.
+        settings: what is learned of them; their values are asked for at each call.
+        schedule: η_t / η of each group.
+    """
+
+    dynamics: Dynamics
+    groups: list[dict[str, Any]]
+    settings: Mapping[str, Setting]
+    schedule: list[float]
+
+    def overrides(self) -> Overrides:
+        """Return what Φ uses in place of the groups' numbers: η_t and the other learned λ."""
+        return {name: self._by_group(name, setting) for name, setting in self.settings.items()}
+
+    def _by_group(self, name: str, setting: Setting) -> list[Tensor | list[Tensor]]:
+        values = [setting.of_group(g) for g in range(len(self.groups))]
+        if name != "lr":
+            return values
+        return [_scaled(lr, factor) for lr, factor in zip(values, self.schedule, strict=True)]
+
+    def __call__(self, state: State, grads: Gradients) -> State:
+        """Return s_t; a parameter without a gradient stays as it is."""
+        overrides = self.overrides()
+        params, buffers = list(state.params), list(state.buffers)
+        index = 0
+        for g, live in enumerate(self.groups):
+            group = {**live, **{name: by_group[g] for name, by_group in overrides.items()}}
+            for i in range(len(group["params"])):
+                grad = grads[index]
+                if grad is not None:
+                    params[index], buffers[index] = self.dynamics.step(
+                        params[index], grad, buffers[index], group, i
+                    )
+                index += 1
+        return State(params, buffers)
+
+
+def _scaled(lr: Tensor | list[Tensor], factor: float) -> Tensor | list[Tensor]:
+    if factor == 1.0:
+        return lr
+    return [part * factor for part in lr] if isinstance(lr, list) else lr * factor
+
+
+class Linearised:
+    """Φ_t at one state, ready to be multiplied by its derivatives, any number of times.
+
+    Args:
+        transition: Φ_t.
+        state: s_{t-1}; `loss` was computed at its weights.
+        loss: the inner loss, with its graph.
+        hyperparameters: λ, by name, those in the loss included.
+
+    Attributes:
+        grads: ∇L at s_{t-1}, with its graph.
+
+    Raises:
+        WindowError: the loss does not depend on the weights.
+
+    Cost: one gradient with its graph; a `vjp` or `jvp` is about two gradients.
+    """
+
+    def __init__(
+        self,
+        transition: Transition,
+        state: State,
+        loss: Tensor,
+        hyperparameters: Mapping[str, Hyperparameter],
+    ) -> None:
+        self.transition, self.state, self.hyperparameters = transition, state, hyperparameters
+        self._values = {name: h.value for name, h in hyperparameters.items()}
+        in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
+        self._joint = [*_trainable(state.params), *in_loss.values()]
+        self._in_loss = list(in_loss)
+        self._gradient = torch.autograd.grad(
+            loss, self._joint, create_graph=True, allow_unused=True
+        )
+        found = iter(self._gradient)
+        self.grads = [next(found) if p.requires_grad else None for p in state.params]
+        check_dependence(self.grads)
+
+    def next_state(self) -> State:
+        """Return s_t, in the graph of s_{t-1} and λ."""
+        return self.transition(self.state, self.grads)
+
+    def vjp(self, following: State, adjoint: Parts) -> tuple[Parts, dict[str, Tensor]]:
+        """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t.
+
+        Args:
+            following: s_t, what `next_state` returned, whose graph is kept.
+            adjoint: α_t, over the parts of s_t; a missing one is zero.
+        """
+        outputs = {k: p for k, p in following.parts().items() if k in adjoint and p.requires_grad}
+        earlier = {k: p for k, p in self.state.parts().items() if p.requires_grad}
+        found = torch.autograd.grad(
+            list(outputs.values()),
+            [*earlier.values(), *self._values.values()],
+            [adjoint[k] for k in outputs],
+            allow_unused=True,
+            retain_graph=True,
+        )
+        parts = dict(zip(earlier, found, strict=False))
+        by_name = zip(self._values.items(), found[len(earlier) :], strict=True)
+        return (
+            {k: part for k, part in parts.items() if part is not None},
+            {n: torch.zeros_like(v) if b is None else b for (n, v), b in by_name},
+        )
+
+    def jvp(self, tangent: Parts, direction: Mapping[str, Tensor]) -> Parts:
+        """Return A_t z + B_t e, over the parts of s_t.
+
+        The gradient's own tangent, H z + ∂_λ∇L e, is a gradient of ∇L again, since the Hessian of L
+        in (w, λ) is symmetric: no forward mode of the model is needed. Φ itself, a few pointwise
+        operations, is differentiated in forward mode.
+
+        Args:
+            tangent: z, over the parts of s_{t-1}; a missing one is zero.
+            direction: e, by hyperparameter; a missing one is zero.
+        """
+        of_grads = iter(self._tangent_of_gradient(tangent, direction))
+        grads = [
+            None if g is None else (g.detach(), tangent_of_g)
+            for g, tangent_of_g in zip(self.grads, self._spread(of_grads), strict=True)
+        ]
+        return pushed_forward(
+            self.transition, self.state, grads, tangent, self.hyperparameters, direction
+        )
+
+    def _spread(self, tangents: Any) -> list[Tensor | None]:
+        return [next(tangents) if p.requires_grad else None for p in self.state.params]
+
+    def _tangent_of_gradient(
+        self, tangent: Parts, direction: Mapping[str, Tensor]
+    ) -> list[Tensor | None]:
+        """Return H z + ∂_λ∇L e, one tensor per trainable parameter."""
+        places = [(i, "param") for i, p in enumerate(self.state.params) if p.requires_grad]
+        along = [tangent.get(place) for place in places]
+        along += [direction.get(name) for name in self._in_loss]
+        pairs = [
+            (g, z)
+            for g, z in zip(self._gradient, along, strict=True)
+            if g is not None and z is not None and g.requires_grad
+        ]
+        if not pairs:
+            return [None] * len(places)
+        gradients, vectors = zip(*pairs, strict=True)
+        targets = self._joint[: len(places)]
+        return list(
+            torch.autograd.grad(gradients, targets, vectors, allow_unused=True, retain_graph=True)
+        )
+
+
+def pushed_forward(
+    transition: Transition,
+    state: State,
+    grads: Sequence[tuple[Tensor, Tensor | None] | None],
+    tangent: Parts,
+    hyperparameters: Mapping[str, Hyperparameter],
+    direction: Mapping[str, Tensor],
+) -> Parts:
+    """Return the tangent of s_t = Φ(s_{t-1}, g_t, λ) by forward mode through Φ alone.
+
+    Args:
+        transition: Φ_t.
+        state: s_{t-1}.
+        grads: g_t and its tangent, per parameter; a tangent of `None` is zero.
+        tangent: of s_{t-1}; a missing part is zero.
+        hyperparameters: λ, by name.
+        direction: of λ, by name; a missing one is zero.
+
+    Cost: about two steps of the optimizer; no gradient.
+    """
+    with torch.no_grad(), forward_ad.dual_level(), ExitStack() as held:
+        for name, vector in direction.items():
+            h = hyperparameters[name]
+            held.enter_context(h.at(_dual(h.value, vector)))
+        duals = {k: _dual(p, tangent.get(k)) for k, p in state.parts().items()}
+        dual_grads = [None if pair is None else _dual(*pair) for pair in grads]
+        following = transition(state.replaced(duals), dual_grads)
+        tangents = {k: forward_ad.unpack_dual(p)[1] for k, p in following.parts().items()}
+        return {k: z.clone() for k, z in tangents.items() if z is not None}
+
+
+def _dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
+    primal = primal.detach()
+    return primal if tangent is None else forward_ad.make_dual(primal, tangent.to(primal))
+
+
+def _trainable(params: Sequence[Tensor]) -> list[Tensor]:
+    return [p for p in params if p.requires_grad]
+
+
+def check_dependence(grads: Gradients) -> None:
+    """Raise if no weight has a gradient: the loss was computed from other weights."""
+    if all(grad is None for grad in grads):
+        raise WindowError(
+            "The loss does not depend on the model's present weights. Compute it from "
+            "`model` after the previous step, and call `step(loss)` once per loss."
+        )
