@@ -14,7 +14,7 @@ from .double_backward import TwiceDifferentiable
 from .dynamics import dynamics_of
 from .errors import ArgumentError
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
-from .inner_loss import checked
+from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace
@@ -78,7 +78,8 @@ def hypergradient(
             for inner_loss in inner_losses:
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
-            return window.hypergradient(checked(outer_loss, "The outer loss"))[1]
+            with one_batch(outer_loss):
+                return window.hypergradient(checked(outer_loss, "The outer loss"))[1]
         finally:
             window.close()
 

@@ -5,6 +5,7 @@ An engine says which of them it needs in a window; what is given may be more, an
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -102,6 +103,12 @@ def checked(loss: OuterLoss, what: str) -> OuterLoss:
         return value
 
     return evaluate
+
+
+def one_batch(outer_loss: OuterLoss) -> AbstractContextManager[None]:
+    """Within, let a `ValidationLoss` return E on one batch, however often it is asked."""
+    hold = getattr(outer_loss, "one_batch", None)
+    return hold() if hold else nullcontext()
 
 
 def missing_loss(engine: Engine, horizon: int, is_open: bool) -> WindowError | str:

@@ -18,7 +18,7 @@ from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
-from .inner_loss import checked
+from .inner_loss import checked, one_batch
 from .outer import OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
@@ -223,7 +223,7 @@ class OuterLoop:
         self._move(hypergradients)
 
     def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
-        with leaving_no_trace(self.model), torch.enable_grad():
+        with leaving_no_trace(self.model), torch.enable_grad(), one_batch(self.outer_loss):
             return self._open[0].hypergradient(checked(self.outer_loss, "The outer loss"))
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:

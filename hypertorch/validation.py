@@ -1,6 +1,7 @@
 """The usual outer loss E(s_T, λ): a criterion on the next batch of a validation loader."""
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -53,15 +54,32 @@ class ValidationLoss:
         self.loader = loader
         self._random = torch.Generator().manual_seed(torch.initial_seed()).get_state()
         self._batches: Iterator[Batch] | None = None
+        self._held: list[Batch] | None = None  # the batch of `one_batch`, once it is drawn
         self._position = 0  # batches drawn in this pass through the loader
         self._pass_start = self._randomness()
 
     def __call__(self) -> Tensor:
         """Return E on the next batch."""
         with leaving_no_trace(self.model):
-            x, y = self._next_batch()
+            if self._held is None:
+                batch = self._next_batch()
+            else:
+                batch = self._held[0] if self._held else self._next_batch()
+                self._held[:] = [batch]
             self.model.eval()
-            return self.criterion(self.model(x), y)
+            return self.criterion(self.model(batch[0]), batch[1])
+
+    @contextmanager
+    def one_batch(self) -> Iterator[None]:
+        """Within, every call uses the same batch, which the first call draws.
+
+        An engine that evaluates E at several weights compares like with like.
+        """
+        self._held = []
+        try:
+            yield
+        finally:
+            self._held = None
 
     def _next_batch(self) -> Batch:
         torch.set_rng_state(self._random)
@@ -124,7 +142,7 @@ class ValidationLoss:
         self._position, self._pass_start = position, dict(pass_start)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": None, "_resume": self.state_dict()}
+        return {**self.__dict__, "_batches": None, "_held": None, "_resume": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         resume = state.pop("_resume")

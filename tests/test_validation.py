@@ -193,3 +193,17 @@ def test_a_loader_that_runs_dry_after_its_first_pass_says_so():
     loss()
     with pytest.raises(hypertorch.ArgumentError, match="`loader` is empty"):
         loss()
+
+
+def test_within_one_batch_every_call_sees_the_batch_that_the_first_one_drew() -> None:
+    model, loader = (
+        nn.Linear(1, 1),
+        [(torch.full((1, 1), float(i)), torch.zeros(1, 1)) for i in range(4)],
+    )
+    loss = hypertorch.ValidationLoss(model, lambda prediction, y: prediction.sum(), loader)
+    drawn = [loss().item()]
+    with loss.one_batch():
+        drawn += [loss().item(), loss().item(), loss().item()]
+    drawn.append(loss().item())
+    expected = [model(torch.full((1, 1), float(i))).item() for i in (0, 1, 1, 1, 2)]
+    assert drawn == expected
