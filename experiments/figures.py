@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
 
 from experiments.run_folder import Row
 
@@ -155,6 +158,19 @@ def plot_path(axes: Axes, history: Sequence[Row]) -> None:
     axes.plot(lr[0], decay[0], marker="o", markersize=11, label="start", **marker)
     axes.plot(lr[-1], decay[-1], marker="*", markersize=20, label="end", **marker)
     axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a small PNG, of 128 colours, and close the figure.
+
+    Args:
+        figure: of matplotlib.
+        path: of the PNG.
+    """
+    buffer = io.BytesIO()
+    figure.savefig(buffer, dpi=DPI)
+    plt.close(figure)
+    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
 
 
 def _column(history: Sequence[Row], name: str) -> np.ndarray:

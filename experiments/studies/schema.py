@@ -6,4 +6,21 @@ of the training loop that it reads besides (`task`, …), and every other one is
 
 from __future__ import annotations
 
-STUDIES: dict[str, type] = {}
+from dataclasses import dataclass, field
+
+
+@dataclass
+class RidgeConfig:
+    """Validation error of ridge and lasso regression against λ, on the diabetes data."""
+
+    _target_: str = "experiments.studies.ridge.run"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2, 3, 4])  # each a split of its own
+    points: int = 121  # λ on each curve and in the grid of cross-validation
+    window: int = 300  # steps, long enough for a root without bias
+    updates: int = 30  # outer updates of each run
+    momentum: float = 0.9
+    short_windows: list[int] = field(default_factory=lambda: [1, 3, 10, 30, 100])
+    update_every: int = 100  # steps between outer updates with a short window
+
+
+STUDIES: dict[str, type] = {"ridge": RidgeConfig}

@@ -14,7 +14,16 @@ from experiments.studies.schema import STUDIES
 from experiments.studies.study import report_study
 
 #: The overrides that make each study small enough for a test: a few seconds.
-TINY: dict[str, list[str]] = {}
+TINY: dict[str, list[str]] = {
+    "ridge": [
+        "study.seeds=[0]",
+        "study.points=11",
+        "study.window=20",
+        "study.updates=5",
+        "study.short_windows=[2]",
+        "study.update_every=10",
+    ],
+}
 
 
 def test_every_study_has_a_config_and_a_tiny_size():
