@@ -19,7 +19,8 @@ from .errors import (
     UnsupportedError,
     WindowError,
 )
-from .hypergradients import Engine, Unroll
+from .functional import hypergradient
+from .hypergradients import Engine, FiniteDifferences, Replay, Unroll
 from .hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
@@ -39,6 +40,7 @@ __all__ = [
     "ConjugateGradient",
     "DivergenceError",
     "Engine",
+    "FiniteDifferences",
     "FixedPoint",
     "GatedSign",
     "HyperOptimizer",
@@ -47,6 +49,7 @@ __all__ = [
     "HypertorchWarning",
     "NormalConjugateGradient",
     "Nystrom",
+    "Replay",
     "Safeguards",
     "SolverError",
     "Unroll",
@@ -54,6 +57,7 @@ __all__ = [
     "ValidationLoss",
     "WindowError",
     "constraints",
+    "hypergradient",
     "interval",
     "positive",
     "real",

@@ -63,6 +63,14 @@ class State:
         ]
         return State(params, buffers)
 
+    def copied(self) -> "State":
+        """Return copies without a graph, of the step counters too: torch writes to them."""
+        buffers = [
+            {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in old.items()}
+            for old in self.buffers
+        ]
+        return State([p.detach().clone() for p in self.params], buffers)
+
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
         """Return the state with `function` of every part."""
         return self.replaced({place: function(part) for place, part in self.parts().items()})

@@ -1,12 +1,16 @@
 """dE/dλ by every method of the literature: one method per file, one interface."""
 
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
+from .finite_differences import FiniteDifferences
+from .replay import Replay
 from .unroll import Unroll
 
 __all__ = [
     "Carried",
     "Engine",
+    "FiniteDifferences",
     "OuterLoss",
+    "Replay",
     "Training",
     "TrainingStep",
     "Unroll",

@@ -1,0 +1,129 @@
+"""Central differences, dE/dλ_j ≈ (E(λ + ε e_j) − E(λ − ε e_j)) / 2ε: the reference.
+
+Each E is the end of a whole window of training steps made again. Nothing here differentiates Φ.
+"""
+
+import torch
+from torch import Tensor
+
+from ..constraints import real
+from ..errors import ArgumentError, UnsupportedError
+from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep
+from .recording import Recording
+
+
+class FiniteDifferences(Engine):
+    """The hypergradient of a window by central differences, in float64.
+
+    The error is O(ε²) where E is smooth in λ, plus rounding of about 1e-16 |E| / ε: with the
+    default ε about 1e-9 of E. Across a kink (a ReLU that switches, a sign that flips) it is wrong
+    by a finite amount. It needs closures, and float64 weights. λ is always moved inside its
+    constraint.
+
+    Args:
+        step: ε, in λ's units; at most half of a λ that must keep its sign.
+
+    Cost: 2 K training steps for each number that is learned.
+
+    References:
+        Nocedal and Wright 2006, section 8.1.
+    """
+
+    needs = "closure"
+    differentiates_twice = False
+
+    def __init__(self, step: float = 1e-6) -> None:
+        if not step > 0:
+            raise ArgumentError(f"`step` of FiniteDifferences must be positive. Got {step!r}.")
+        self.difference = step
+
+    def check(self, training: Training) -> None:
+        """Refuse weights or hyperparameters in less than float64.
+
+        Raises:
+            UnsupportedError: central differences would be rounding.
+        """
+        if any(p.dtype != torch.float64 for p in training.slots.params):
+            raise UnsupportedError(
+                "`FiniteDifferences` needs float64 weights: in less, a small difference is "
+                "rounding. Use `model.double()` and float64 data; or `check_hypergradient`, which "
+                "computes in float64 by itself; or `Unroll`."
+            )
+
+    def open(self, training: Training, carried: Carried | None = None) -> "DifferencedWindow":
+        """Start a recording at the present weights and buffers."""
+        return DifferencedWindow(training, self.difference)
+
+    def cost(self, horizon: int, training: Training) -> float:
+        """Return K (1 + 2 m) for m learned numbers; evaluations of E are not counted."""
+        return horizon * (1 + 2 * training.count())
+
+    def __repr__(self) -> str:
+        return f"FiniteDifferences(step={self.difference:g})"
+
+
+class DifferencedWindow(LiveWindow):
+    """Steps on the live weights, made again from the window's start with each λ_j moved."""
+
+    def __init__(self, training: Training, difference: float) -> None:
+        super().__init__(training)
+        self._recording, self._difference = Recording(training), difference
+
+    def step(self, step: TrainingStep) -> None:
+        """Make and record the step."""
+        self._recording.make(step)
+
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E and dE/dλ.
+
+        Raises:
+            WindowError: a closure is not replayable.
+        """
+        try:
+            value = outer_loss().detach()
+            self._check_replay()
+            return value, {name: self._all(name, outer_loss) for name in self.training.values()}
+        finally:
+            self._recording.go_live()
+
+    def _check_replay(self) -> None:
+        recording, state, losses = self._recording, self._recording.start.state, []
+        recording.start.module_buffers.restore()
+        for t in range(len(recording)):
+            state, loss = recording.again(t, state)
+            losses.append(loss)
+        recording.check(losses)
+
+    def _all(self, name: str, outer_loss: OuterLoss) -> Tensor:
+        value = self.training.hyperparameters[name].value
+        found = [self._one(name, j, outer_loss) for j in range(value.numel())]
+        return torch.stack(found).reshape(value.shape)
+
+    def _one(self, name: str, j: int, outer_loss: OuterLoss) -> Tensor:
+        return central_difference(self._recording, name, j, self._difference, outer_loss)
+
+
+def central_difference(
+    recording: Recording, name: str, j: int, difference: float, outer_loss: OuterLoss
+) -> Tensor:
+    """Return (E(λ + ε e_j) − E(λ − ε e_j)) / 2ε; the model is left with other weights.
+
+    Args:
+        recording: of the window.
+        name: of the hyperparameter.
+        j: the position in it, flattened.
+        difference: ε, at most half of a λ that lives in a bounded set.
+        outer_loss: computes E.
+    """
+    h = recording.training.hyperparameters[name]
+    value = h.value.detach()
+    room = difference if h.constraint is real else value.flatten()[j].abs().item() / 2
+    epsilon = min(difference, room or difference)
+    ends = []
+    for sign in (1, -1):
+        moved = value.clone()
+        moved.view(-1)[j] += sign * epsilon
+        moved.requires_grad_()
+        state = recording.rerun({name: moved})
+        ends.append(recording.outer_loss_at(state, outer_loss, {name: moved}))
+    return (ends[0] - ends[1]) / (2 * epsilon)

@@ -1,0 +1,171 @@
+"""A window's steps as they can be made again: s_t = Φ_t(s_{t-1}, λ) on the same batches and noise.
+
+What is kept of a step is its closure, its Φ_t and the random numbers it began with; states are
+computed again from the start of the window. The live weights are not written to: a step that is
+made again has weights of its own, in the model's slots.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import WindowError
+from ..state import ModuleBuffers, RandomState, State, leaving_no_trace
+from ..transition import Transition, check_dependence
+from .engine import OuterLoss, Training, TrainingStep
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Where steps can go on from: s and the module buffers, which nobody writes to."""
+
+    state: State
+    module_buffers: ModuleBuffers
+
+
+@dataclass(frozen=True)
+class _Made:
+    transition: Transition
+    step: TrainingStep
+    randomness: RandomState
+    loss: Tensor
+
+
+class Recording:
+    """The steps of one window, and how to make them again.
+
+    Args:
+        training: what is trained and learned.
+
+    Attributes:
+        start: the state before the first step.
+
+    Cost: one copy of the state; each step, the state of the random number generators.
+    """
+
+    def __init__(self, training: Training) -> None:
+        self.training = training
+        self.start = self.present()
+        self._made: list[_Made] = []
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    def present(self) -> Moment:
+        """Return a copy of the live state."""
+        state = State.of(self.training.optimizer).copied()
+        return Moment(state, ModuleBuffers(self.training.slots.model))
+
+    def make(self, step: TrainingStep) -> None:
+        """Make a training step on the live weights and record it.
+
+        Raises:
+            WindowError: the loss does not depend on the weights.
+        """
+        randomness = RandomState()
+        loss = step.evaluate()
+        grads = gradients(loss, self.training.slots.params)
+        step.make(grads)
+        self._made.append(_Made(step.transition, step, randomness, loss.detach()))
+
+    def transition(self, t: int) -> Transition:
+        """Return Φ of step number `t`."""
+        return self._made[t].transition
+
+    def loss_again(self, t: int, params: Sequence[Tensor]) -> Tensor:
+        """Compute the inner loss of step `t` at other weights, with the step's random numbers."""
+        self._made[t].randomness.restore()
+        self.training.slots.fill(params)
+        closure = self._made[t].step.closure
+        assert closure is not None
+        return closure()
+
+    def again(self, t: int, state: State) -> tuple[State, Tensor]:
+        """Make step `t` from `state`, at the hyperparameters' present values.
+
+        Returns:
+            The state after it, without a graph, and the loss before it.
+        """
+        leaves = as_leaves(state.params, self.training.slots.params)
+        loss = self.loss_again(t, leaves)
+        grads = gradients(loss, leaves)
+        with torch.no_grad():
+            return self.transition(t)(state, grads), loss.detach()
+
+    def rerun(self, values: Mapping[str, Tensor], start: Moment | None = None) -> State:
+        """Make all steps again with other values of the hyperparameters.
+
+        Args:
+            values: λ by name; one that is missing keeps its present value.
+            start: where from; default: where the window started.
+
+        Returns:
+            s_K; the module buffers are those of the model then.
+        """
+        start = start or self.start
+        start.module_buffers.restore()
+        state = start.state
+        with ExitStack() as held:
+            for name, value in values.items():
+                held.enter_context(self.training.hyperparameters[name].at(value))
+            for t in range(len(self)):
+                state, _ = self.again(t, state)
+        return state
+
+    def outer_loss_at(
+        self, state: State, outer_loss: OuterLoss, values: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return E at the weights of `state`, without a graph; the model keeps them."""
+        leaves = as_leaves(state.params, self.training.slots.params)
+        self.training.slots.fill(leaves)
+        with ExitStack() as held:
+            for name, value in (values or {}).items():
+                held.enter_context(self.training.hyperparameters[name].at(value))
+            held.enter_context(leaving_no_trace(self.training.slots.model))
+            return outer_loss().detach()
+
+    def go_live(self) -> None:
+        """Give the model its live weights back."""
+        self.training.slots.fill(self.training.slots.params)
+
+    def check(self, losses: Iterable[Tensor], first: int = 0) -> None:
+        """Raise if steps, made again with the same λ, had other losses.
+
+        Args:
+            losses: of the steps from `first` on, in order.
+            first: the number of the first of them.
+
+        Raises:
+            WindowError: a closure is not replayable.
+        """
+        again = list(losses)
+        then = [made.loss for made in self._made[first : first + len(again)]]
+        pairs = torch.stack([torch.stack(then).flatten(), torch.stack(again).flatten()])
+        rtol = 1e-6 if pairs.dtype == torch.float64 else 1e-2
+        for t, (before, now) in enumerate(pairs.T.tolist(), start=first):
+            if not abs(now - before) <= rtol * max(abs(before), 1e-6):
+                raise WindowError(
+                    f"The closure of step {t} of the window returned {before:.6g} when first "
+                    f"called and {now:.6g} on replay. Bind its batch: "
+                    "functools.partial(loss_fn, x, y), and draw random numbers from torch's "
+                    "global generator."
+                )
+
+
+def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return ∇loss, one entry per parameter: `None` where there is none."""
+    trainable = [p for p in params if p.requires_grad]
+    found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
+    grads = [next(found) if p.requires_grad else None for p in params]
+    check_dependence(grads)
+    return grads
+
+
+def as_leaves(params: Sequence[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
+    """Return the weights as leaves, differentiable where the live ones train."""
+    return [
+        p.detach().requires_grad_(own.requires_grad) for p, own in zip(params, live, strict=True)
+    ]

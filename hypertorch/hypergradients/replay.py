@@ -1,0 +1,148 @@
+"""Reverse mode that recomputes: α_{t-1} = A_tᵀ α_t along states that were stored, not graphs.
+
+Each step is differentiated by itself, from its stored state, with the random numbers and module
+buffers it was made with. Between stored states the steps are made again.
+"""
+
+from torch import Tensor
+
+from ..errors import ArgumentError
+from ..state import ModuleBuffers, Parts, State
+from ..transition import Linearised
+from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, outer_gradient
+from .recording import Moment, Recording, as_leaves
+
+
+class Replay(Engine):
+    """Exact hypergradient of a window of K steps, in the memory of states instead of graphs.
+
+    The same number as `Unroll`'s, to rounding. It needs closures that return the same loss when
+    called again; dropout and BatchNorm replay exactly.
+
+    Args:
+        spacing: how many steps lie between two stored states: with 1 (the default) every state is
+            stored and none is computed again; with `None` the spacing grows with the window, so
+            that at most 2.2 √K states are held (64 at K = 1024), and each step is made once more.
+
+    Cost: K training steps, one outer gradient, and for each step a gradient with its graph and a
+    Hessian-vector product (about three gradients); with a spacing other than 1, one more gradient.
+    Memory: K / spacing + spacing states, and the graph of one step.
+
+    References:
+        Franceschi et al. 2017, eq. (7)-(9); checkpoints as in Griewank 1992 and Shaban et al. 2019.
+    """
+
+    needs = "closure"
+
+    def __init__(self, spacing: int | None = 1) -> None:
+        if spacing is not None and (not isinstance(spacing, int) or spacing < 1):
+            raise ArgumentError(
+                f"`spacing` of Replay must be a number of steps, or None. Got {spacing!r}."
+            )
+        self.spacing = spacing
+
+    def open(self, training: Training, carried: Carried | None = None) -> "ReplayedWindow":
+        """Start a recording at the present weights and buffers."""
+        return ReplayedWindow(training, self.spacing)
+
+    def cost(self, horizon: int, training: Training) -> float:
+        """Return K + 1 + 3 K, or K + 1 + 4 K where steps are made again."""
+        return horizon + 1 + (3 if self.spacing == 1 else 4) * horizon
+
+    def __repr__(self) -> str:
+        return f"Replay(spacing={self.spacing})"
+
+
+class ReplayedWindow(LiveWindow):
+    """Steps on the live weights, of which some states are kept.
+
+    Attributes:
+        states_held: the largest number of states held at one time, so far.
+    """
+
+    def __init__(self, training: Training, spacing: int | None) -> None:
+        super().__init__(training)
+        self._recording = Recording(training)
+        self._grows, self._spacing = spacing is None, spacing or 1
+        self._stored: dict[int, Moment] = {0: self._recording.start}
+        self.states_held = 1
+
+    def step(self, step: TrainingStep) -> None:
+        """Make the step, and store the state before it if its turn has come."""
+        t = len(self._recording)
+        if t and t % self._spacing == 0:
+            self._stored[t] = self._recording.present()
+            self.states_held = max(self.states_held, len(self._stored))
+        if self._grows and len(self._stored) >= max(4, 2 * self._spacing):
+            self._thin_out()
+        self._recording.make(step)
+
+    def _thin_out(self) -> None:
+        """Double the spacing: every other stored state goes."""
+        self._spacing *= 2
+        self._stored = {t: kept for t, kept in self._stored.items() if t % self._spacing == 0}
+
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E and dE/dλ.
+
+        Raises:
+            WindowError: a closure is not replayable, or E is another model's.
+        """
+        try:
+            loss = outer_loss()
+            at_end, total = outer_gradient(loss, self.params, self.training.values())
+            adjoint = {(i, "param"): g for i, g in enumerate(at_end) if g is not None}
+            end = len(self._recording)
+            for start in sorted(self._stored, reverse=True):
+                adjoint = self._through_segment(start, end, adjoint, total)
+                end = start
+            return loss.detach(), total
+        finally:
+            self._recording.go_live()
+
+    def _through_segment(
+        self, start: int, end: int, adjoint: Parts, total: dict[str, Tensor]
+    ) -> Parts:
+        """Take α from step `end` back to step `start`, adding Bᵀα to `total`."""
+        moments = self._segment(start, end)
+        self.states_held = max(self.states_held, len(self._stored) + len(moments) - 1)
+        losses = []
+        for t in reversed(range(start, end)):
+            adjoint, loss = self._through_step(t, moments.pop(), adjoint, total)
+            losses.append(loss)
+        self._recording.check(reversed(losses), first=start)
+        del self._stored[start]
+        return adjoint
+
+    def _segment(self, start: int, end: int) -> list[Moment]:
+        """Return the states before each of the steps from `start` to `end`."""
+        recording, moments = self._recording, [self._stored[start]]
+        moments[0].module_buffers.restore()
+        for t in range(start, end - 1):
+            state, _ = recording.again(t, moments[-1].state)
+            moments.append(Moment(state, ModuleBuffers(self.training.slots.model)))
+        return moments
+
+    def _through_step(
+        self, t: int, moment: Moment, adjoint: Parts, total: dict[str, Tensor]
+    ) -> tuple[Parts, Tensor]:
+        """Return α_{t-1} = A_tᵀ α_t and the step's loss; add B_tᵀ α_t to `total`."""
+        moment.module_buffers.restore()
+        state = self._leaves(moment.state)
+        loss = self._recording.loss_again(t, state.params)
+        hyperparameters = self.training.hyperparameters
+        linearised = Linearised(self._recording.transition(t), state, loss, hyperparameters)
+        adjoint, of_hyperparameters = linearised.vjp(linearised.next_state(), adjoint)
+        for name, part in of_hyperparameters.items():
+            total[name] = total[name] + part
+        return adjoint, loss.detach()
+
+    def _leaves(self, state: State) -> State:
+        """Return the state as leaves: weights that train, and all buffers, differentiable."""
+        free = state.map(lambda part: part.detach().requires_grad_())
+        return State(as_leaves(state.params, self.training.slots.params), free.buffers)
+
+    def close(self) -> Carried | None:
+        """Forget the states."""
+        self._stored.clear()
+        return None

@@ -1,0 +1,161 @@
+"""Replay: the same number as the stored graph's, in states, with noise and statistics replayed."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from support import (
+    OPTIMIZERS,
+    assert_close,
+    assert_identical,
+    batches,
+    built,
+    everything,
+    learned,
+    mse,
+    network,
+    train_plainly,
+    weights,
+)
+from torch import Tensor, nn
+
+import hypertorch
+from hypertorch import FiniteDifferences, HyperOptimizer, Replay, Unroll, hypergradient
+from hypertorch.hypergradients.replay import ReplayedWindow
+
+
+def problem(name: str = "SGD with momentum", learn=("lr", "weight_decay")):
+    """A network with dropout and BatchNorm after three steps, and its losses for eleven more."""
+    torch.manual_seed(4)
+    model = network(dropout=0.3)
+    bare = built(name, model)
+    train_plainly(model, bare, batches(3, seed=9))
+    optimizer = HyperOptimizer(bare, model, outer=None, learn=learn)
+    return model, optimizer, [partial(loss, model, x, y) for x, y in batches(11)]
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return mse(model(x), y)
+
+
+def outer(model: nn.Module) -> hypertorch.ValidationLoss:
+    return hypertorch.ValidationLoss(model, mse, batches(1, seed=5))
+
+
+@pytest.mark.parametrize("spacing", [1, 3, None])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_replay_equals_the_unrolled_graph_with_dropout_and_batchnorm(name, spacing):
+    results = []
+    for engine in (Unroll(), Replay(spacing)):
+        model, optimizer, inner = problem(name)
+        torch.manual_seed(3)
+        results.append(hypergradient(optimizer, inner, outer(model), engine))
+    # Adam's 1 / (√v + 1e-6) magnifies rounding; the agreement table has ε = 0.02, and 1e-12.
+    assert_close(list(results[1].values()), list(results[0].values()), 1e-11)
+
+
+@pytest.mark.parametrize("engine", [Replay(), Replay(None), FiniteDifferences()], ids=repr)
+def test_the_functional_form_leaves_everything_as_it_was(engine):
+    model, optimizer, inner = problem()
+    before = everything(model, optimizer.optimizer)
+    hypergradient(optimizer, inner, outer(model), engine)
+    assert_identical(everything(model, optimizer.optimizer), before)
+
+
+@pytest.mark.parametrize("horizon", [1, 2, 3, 4, 5, 31, 128])
+def test_growing_spacing_holds_few_states(horizon, monkeypatch):
+    windows = []
+    build = ReplayedWindow.__init__
+
+    def remembered(window, *args):
+        build(window, *args)
+        windows.append(window)
+
+    monkeypatch.setattr(ReplayedWindow, "__init__", remembered)
+    model, optimizer, inner = problem()
+    steps = [inner[i % 11] for i in range(horizon)]
+    hypergradient(optimizer, steps, outer(model), Replay(spacing=None))
+    assert windows[0].states_held <= math.ceil(2.2 * math.sqrt(horizon)) + 2
+    if horizon == 128:
+        assert windows[0].states_held < 26
+
+
+def test_a_closure_that_draws_another_batch_on_replay_is_refused():
+    model, optimizer, _ = problem()
+    data = iter(batches(99))
+
+    def fresh() -> Tensor:
+        return loss(model, *next(data))
+
+    with pytest.raises(hypertorch.WindowError, match=r"returned .* when first called and .* on re"):
+        hypergradient(optimizer, [fresh] * 3, outer(model), Replay())
+
+
+@pytest.mark.parametrize("engine", [Replay(), Replay(None), FiniteDifferences()], ids=repr)
+def test_real_training_is_plain_training_with_the_same_hypergradients(engine):
+    """The window's weights are torch's own; what is learned is what Unroll learns."""
+    results = {}
+    for name, chosen in {"unroll": Unroll(), "engine": engine}.items():
+        model = network()
+        model[1].eval()  # central differences see E's running statistics move, the others do not
+        optimizer = HyperOptimizer(
+            built("AdamW", model), model, outer(model), window=3, update_every=5, engine=chosen
+        )
+        for x, y in batches(10):
+            optimizer.step(partial(loss, model, x, y))
+        results[name] = learned(optimizer)
+        results[name, "weights"] = weights(model)
+    rtol = 1e-10 if isinstance(engine, Replay) else 1e-6
+    assert_close(results["engine", "weights"], results["unroll", "weights"], rtol)
+    for name in ("lr", "weight_decay"):
+        ours, theirs = (results[k]["hypergradients"][name] for k in ("engine", "unroll"))
+        assert_close([ours], [theirs], 1e-9 if isinstance(engine, Replay) else 1e-6)
+
+
+def test_a_replayed_window_trains_bit_for_bit_as_the_bare_optimizer():
+    model, twin = network(0.2), network(0.2)
+    bare = built("Adam", twin)
+    still = partial(torch.optim.SGD, lr=0.0)
+    optimizer = HyperOptimizer(
+        built("Adam", model), model, outer(model), window=3, update_every=4, outer=still,
+        engine=Replay(),
+    )  # fmt: skip
+    torch.manual_seed(1)
+    for x, y in batches(8):
+        optimizer.step(partial(loss, model, x, y))
+    group = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+    bare.param_groups[0].update(group)
+    torch.manual_seed(1)
+    train_plainly(twin, bare, batches(8))
+    assert_identical(weights(model), weights(twin))
+
+
+def test_an_engine_that_replays_asks_for_a_closure():
+    model = network()
+    optimizer = HyperOptimizer(built("SGD", model), model, outer(model), engine=Replay())
+    x, y = batches(1)[0]
+    with pytest.raises(hypertorch.ArgumentError, match=r"Pass a closure: `step\(functools.partial"):
+        optimizer.step(mse(model(x), y))
+
+
+def test_differences_in_single_precision_are_refused():
+    model = network().float()
+    with pytest.raises(hypertorch.UnsupportedError, match="needs float64 weights"):
+        HyperOptimizer(built("SGD", model), model, outer(model), engine=FiniteDifferences())
+
+
+def test_ten_thousand_example_weights_are_as_easy_as_one():
+    model = network()
+    example_weights = hypertorch.Hyperparameter(torch.ones(10_000).double(), hypertorch.positive)
+    optimizer = HyperOptimizer(built("SGD", model), model, outer=None, learn=example_weights)
+
+    def weighted(rows: slice, x: Tensor, y: Tensor) -> Tensor:
+        return (example_weights()[rows] * (model(x) - y).square().mean(1)).mean()
+
+    inner = [
+        partial(weighted, slice(8 * t, 8 * t + 8), x, y) for t, (x, y) in enumerate(batches(5))
+    ]
+    found = [hypergradient(optimizer, inner, outer(model), e) for e in (Unroll(), Replay(None))]
+    assert_close(list(found[1].values()), list(found[0].values()), 1e-12)
+    assert torch.count_nonzero(found[1]["hyperparameter"]) == 40
