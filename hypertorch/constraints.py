@@ -18,6 +18,7 @@ __all__ = [
     "BOUNDARY_MARGIN",
     "Constraint",
     "interval",
+    "is_elementwise",
     "just_inside",
     "positive",
     "real",
@@ -42,6 +43,11 @@ def to_value(raw: Tensor, constraint: Constraint) -> Tensor:
 def to_raw(value: Tensor, constraint: Constraint) -> Tensor:
     """Return ρ = c⁻¹(λ) for a λ strictly inside Λ."""
     return cast(Tensor, biject_to(constraint).inv(value))
+
+
+def is_elementwise(constraint: Constraint) -> bool:
+    """Whether each number of λ depends on one number of ρ, and not on a vector of them."""
+    return cast(int, biject_to(constraint).codomain.event_dim) == 0
 
 
 def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constraints import Constraint, just_inside, real, to_raw, to_value
+from .constraints import Constraint, is_elementwise, just_inside, real, to_raw, to_value
 from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, did_you_mean, listed
 
 GRANULARITIES = ("shared", "group", "tensor", "element")
@@ -107,6 +107,29 @@ class Hyperparameter:
             return hypergradient
         (gradient,) = torch.autograd.grad(value, raw, hypergradient)
         return gradient
+
+    def in_own_units(self, gradient: Tensor) -> Tensor:
+        """Return the dE/dλ of least norm that `pull_back` turns into dE/dρ = `gradient`.
+
+        Element by element it is dE/dρ / c′(ρ), and 0 where c′(ρ) is 0 in floating point: there
+        `pull_back` returns 0 of anything. On a simplex of k values, where λ has one number more
+        than ρ, it costs k vectors of ρ's size.
+        """
+        raw = self.raw.detach().requires_grad_()
+        value = to_value(raw, self.constraint)
+        if value is raw:
+            return gradient
+        if is_elementwise(self.constraint):
+            (slope,) = torch.autograd.grad(value.sum(), raw)
+            return torch.where(slope == 0, 0.0, gradient / slope)
+        return _least_norm(_jacobian(value, raw), gradient)
+
+    def moved(self, by: Tensor) -> Tensor:
+        """Return c(ρ + by), inside `bounds`: what λ would be. Nothing moves."""
+        raw = self.raw.detach() + by
+        if self.bounds is not None:
+            raw = raw.clamp(*self._raw_bounds)
+        return to_value(raw, self.constraint)
 
     def clamp_(self) -> None:
         """Bring λ back inside `bounds`, if there are any."""
@@ -230,6 +253,20 @@ def check_granularity(name: str, granularity: object) -> None:
             f"`{name}` cannot be learned per {granularity!r}."
             f"{did_you_mean(str(granularity), GRANULARITIES)} Available: {listed(GRANULARITIES)}."
         )
+
+
+def _jacobian(value: Tensor, raw: Tensor) -> Tensor:
+    """Return ∂λ/∂ρ of vectors, of shape (…, size of λ, size of ρ)."""
+    parts = value.unbind(-1)
+    rows = [torch.autograd.grad(part.sum(), raw, retain_graph=True)[0] for part in parts]
+    return torch.stack(rows, dim=-2)
+
+
+def _least_norm(jacobian: Tensor, gradient: Tensor) -> Tensor:
+    """Return the shortest x with Jᵀ x = `gradient`: with J = Q R, it is Q R⁻ᵀ `gradient`."""
+    q, r = torch.linalg.qr(jacobian)
+    solved = torch.linalg.solve_triangular(r.mT, gradient.unsqueeze(-1), upper=False)
+    return (q @ solved).squeeze(-1)
 
 
 def _as_tensor(value: Any, name: str) -> Tensor:

@@ -54,6 +54,51 @@ def test_pulling_back_is_the_chain_rule_through_the_constraint(value, constraint
         assert pulled.flatten()[i].item() == pytest.approx((ends[0] - ends[1]) / (2 * eps), 1e-7)
 
 
+MIXTURES = torch.tensor([[0.2, 0.3, 0.5], [0.98, 0.01, 0.01]], **f64)
+OWN_UNITS = STARTS | {"two mixtures": (MIXTURES, simplex)}
+
+
+@pytest.mark.parametrize(("value", "constraint"), OWN_UNITS.values(), ids=OWN_UNITS)
+def test_in_own_units_is_the_least_hypergradient_that_is_pulled_back_to_the_given_one(
+    value, constraint
+):
+    h = Hyperparameter(value, constraint)
+    gradient = torch.randn_like(h.raw)
+    found = h.in_own_units(gradient)
+    assert found.shape == value.shape
+    torch.testing.assert_close(h.pull_back(found), gradient, rtol=1e-12, atol=1e-13)
+    if constraint is simplex:  # c is onto a plane of normal (1, …, 1), along which dE/dλ is free
+        assert found.sum(-1).abs().max().item() < 1e-11
+    else:  # one λ, one ρ: it is the inverse
+        torch.testing.assert_close(h.in_own_units(h.pull_back(value)), value)
+
+
+def test_in_own_units_is_zero_where_the_constraint_is_flat_in_floating_point():
+    h = Hyperparameter([0.5, 0.5], unit_interval)
+    with torch.no_grad():
+        h.raw.copy_(torch.tensor([0.0, 200.0]))
+    h.refresh()
+    assert h.in_own_units(torch.ones(2)).tolist() == [4.0, 0.0]
+    assert h.pull_back(torch.ones(2))[1] == 0
+
+
+@pytest.mark.parametrize(("value", "constraint"), OWN_UNITS.values(), ids=OWN_UNITS)
+def test_moved_is_the_value_elsewhere_and_moves_nothing(value, constraint):
+    h = Hyperparameter(value, constraint)
+    by = torch.randn_like(h.raw)
+    found, before = h.moved(by), h()
+    assert not found.requires_grad and h() is before
+    with torch.no_grad():
+        h.raw += by
+    h.refresh()
+    torch.testing.assert_close(found, h().detach(), rtol=1e-14, atol=0)
+
+
+def test_moved_stays_inside_the_bounds():
+    h = Hyperparameter([0.5, 0.5], positive, bounds=(0.1, 2.0))
+    assert h.moved(torch.tensor([-50.0, 50.0])).tolist() == pytest.approx([0.1, 2.0], rel=1e-6)
+
+
 def test_numbers_lists_and_integers_will_do_as_values():
     assert Hyperparameter(2, positive)().item() == pytest.approx(2.0)
     assert Hyperparameter([0.25, 0.75], unit_interval)().tolist() == pytest.approx([0.25, 0.75])
