@@ -5,7 +5,8 @@ learning rate, the weight decay and any other hyperparameter follow the hypergra
 loss, usually the validation loss.
 """
 
-from . import constraints
+from . import bilevel, constraints
+from .bilevel import HOAG
 from .constraints import interval, positive, real, simplex, unit_interval
 from .dynamics import register_dynamics
 from .errors import (
@@ -34,6 +35,7 @@ from .safeguards import Safeguards
 from .validation import ValidationLoss
 
 __all__ = [
+    "HOAG",
     "ArgumentError",
     "ArgumentTypeError",
     "CheckpointError",
@@ -56,6 +58,7 @@ __all__ = [
     "UnsupportedError",
     "ValidationLoss",
     "WindowError",
+    "bilevel",
     "constraints",
     "hypergradient",
     "interval",

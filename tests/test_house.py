@@ -18,11 +18,16 @@ RANKS = [
     {"constraints"},
     {"hyperparameters", "state", "wrapper"},
     {"dynamics", "validation"},
-    {"double_backward", "param_groups"},
+    {"transition", "double_backward"},
+    {"param_groups"},
     {"hypergradients", "outer", "safeguards", "monitor"},
     {"arguments", "checkpoint"},
+    {"inner_loss"},
     {"outer_loop"},
-    {"optimizer"},
+    {"inner_problem"},
+    {"nested_problem", "step_rules"},
+    {"optimizer", "bilevel"},
+    {"functional"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
@@ -65,7 +70,7 @@ def test_a_module_imports_only_what_lies_below_it(path):
 
 
 def test_the_reading_of_imports_finds_them():
-    assert {"errors", "state", "dynamics", "hyperparameters"} <= own_parts(
+    assert {"errors", "state", "dynamics", "transition"} <= own_parts(
         ROOT / "hypergradients" / "unroll.py"
     )
 
@@ -110,7 +115,7 @@ assert sum(r.failed for r in results) == 0
 
 def test_the_central_objects_have_examples():
     finder = doctest.DocTestFinder()
-    for thing in ("HyperOptimizer", "Hyperparameter", "ValidationLoss", "GatedSign"):
+    for thing in ("HyperOptimizer", "HOAG", "Hyperparameter", "ValidationLoss", "GatedSign"):
         assert any(test.examples for test in finder.find(getattr(hypertorch, thing)))
 
 
