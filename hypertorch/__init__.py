@@ -7,6 +7,7 @@ loss, usually the validation loss.
 
 from . import bilevel, constraints
 from .bilevel import HOAG
+from .check import check_hypergradient
 from .constraints import interval, positive, real, simplex, unit_interval
 from .dynamics import register_dynamics
 from .errors import (
@@ -59,6 +60,7 @@ __all__ = [
     "ValidationLoss",
     "WindowError",
     "bilevel",
+    "check_hypergradient",
     "constraints",
     "hypergradient",
     "interval",

@@ -22,8 +22,10 @@ class FiniteDifferences(Engine):
 
     Args:
         step: ε, in λ's units; at most half of a λ that must keep its sign.
+        entries: of each hyperparameter at most so many, spread evenly; the others are NaN. `None`,
+            the default: all.
 
-    Cost: 2 K training steps for each number that is learned.
+    Cost: 2 K training steps for each number, and K to see that the closures replay.
 
     References:
         Nocedal and Wright 2006, section 8.1.
@@ -32,10 +34,12 @@ class FiniteDifferences(Engine):
     needs = "closure"
     differentiates_twice = False
 
-    def __init__(self, step: float = 1e-6) -> None:
+    def __init__(self, step: float = 1e-6, entries: int | None = None) -> None:
         if not step > 0:
             raise ArgumentError(f"`step` of FiniteDifferences must be positive. Got {step!r}.")
-        self.difference = step
+        if entries is not None and entries < 1:
+            raise ArgumentError(f"`entries` of FiniteDifferences must be ≥ 1. Got {entries!r}.")
+        self.difference, self.entries = step, entries
 
     def check(self, training: Training) -> None:
         """Refuse weights or hyperparameters in less than float64.
@@ -52,11 +56,12 @@ class FiniteDifferences(Engine):
 
     def open(self, training: Training, carried: Carried | None = None) -> "DifferencedWindow":
         """Start a recording at the present weights and buffers."""
-        return DifferencedWindow(training, self.difference)
+        return DifferencedWindow(training, self)
 
     def cost(self, horizon: int, training: Training) -> float:
-        """Return K (1 + 2 m) for m learned numbers; evaluations of E are not counted."""
-        return horizon * (1 + 2 * training.count())
+        """Return K (2 + 2 m) for m learned numbers; evaluations of E are not counted."""
+        sizes = [h.value.numel() for h in training.hyperparameters.values()]
+        return horizon * (2 + 2 * sum(len(spread(size, self.entries)) for size in sizes))
 
     def __repr__(self) -> str:
         return f"FiniteDifferences(step={self.difference:g})"
@@ -65,9 +70,9 @@ class FiniteDifferences(Engine):
 class DifferencedWindow(LiveWindow):
     """Steps on the live weights, made again from the window's start with each λ_j moved."""
 
-    def __init__(self, training: Training, difference: float) -> None:
+    def __init__(self, training: Training, engine: FiniteDifferences) -> None:
         super().__init__(training)
-        self._recording, self._difference = Recording(training), difference
+        self._recording, self._engine = Recording(training), engine
 
     def step(self, step: TrainingStep) -> None:
         """Make and record the step."""
@@ -95,12 +100,20 @@ class DifferencedWindow(LiveWindow):
         recording.check(losses)
 
     def _all(self, name: str, outer_loss: OuterLoss) -> Tensor:
-        value = self.training.hyperparameters[name].value
-        found = [self._one(name, j, outer_loss) for j in range(value.numel())]
-        return torch.stack(found).reshape(value.shape)
+        value = self.training.hyperparameters[name].value.detach()
+        found = torch.full_like(value, torch.nan)
+        for j in spread(value.numel(), self._engine.entries):
+            found.view(-1)[j] = central_difference(
+                self._recording, name, j, self._engine.difference, outer_loss
+            )
+        return found
 
-    def _one(self, name: str, j: int, outer_loss: OuterLoss) -> Tensor:
-        return central_difference(self._recording, name, j, self._difference, outer_loss)
+
+def spread(size: int, entries: int | None) -> list[int]:
+    """Return the positions, of `size`, that are differenced."""
+    if entries is None or entries >= size:
+        return list(range(size))
+    return [round(i * (size - 1) / max(entries - 1, 1)) for i in range(entries)]
 
 
 def central_difference(
