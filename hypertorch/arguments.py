@@ -163,8 +163,8 @@ def place(hyperparameters: Iterable[Hyperparameter], weight: Tensor) -> None:
         hyperparameter.to(weight.device, dtype)
 
 
-def check_loss(loss: Any, what: str) -> None:
-    """Raise unless `loss` is a scalar tensor with a graph."""
+def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:
+    """Raise unless `loss` is a scalar tensor, with a graph unless that is not asked for."""
     if not isinstance(loss, Tensor):
         raise ArgumentTypeError(
             f"{what} must be a tensor. Got {type(loss).__name__}. "
@@ -174,7 +174,7 @@ def check_loss(loss: Any, what: str) -> None:
         raise ArgumentError(
             f"{what} must be a scalar. Got shape {tuple(loss.shape)}. Reduce it: `loss.mean()`."
         )
-    if not loss.requires_grad:
+    if has_graph and not loss.requires_grad:
         raise ArgumentError(
             f"{what} has no graph. Compute it from the model, outside `torch.no_grad()` and "
             "without `.detach()`."

@@ -14,7 +14,7 @@ from .double_backward import TwiceDifferentiable
 from .dynamics import dynamics_of
 from .errors import ArgumentError
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
-from .inner_loss import checked, one_batch
+from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace
@@ -79,7 +79,7 @@ def hypergradient(
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
             with one_batch(outer_loss):
-                return window.hypergradient(checked(outer_loss, "The outer loss"))[1]
+                return window.hypergradient(checked_outer(outer_loss, engine))[1]
         finally:
             window.close()
 

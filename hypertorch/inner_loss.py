@@ -94,15 +94,20 @@ def _with_graph(closure: Callable[[], Tensor]) -> Tensor:
         return closure()
 
 
-def checked(loss: OuterLoss, what: str) -> OuterLoss:
-    """Return the same loss, which raises unless it returns a scalar with a graph."""
+def checked(loss: OuterLoss, what: str, has_graph: bool = True) -> OuterLoss:
+    """Return the same loss, which raises unless it returns a scalar, by default with a graph."""
 
     def evaluate() -> Tensor:
         value = loss()
-        check_loss(value, what)
+        check_loss(value, what, has_graph)
         return value
 
     return evaluate
+
+
+def checked_outer(outer_loss: OuterLoss, engine: Engine) -> OuterLoss:
+    """Return E, which raises unless it returns what `engine` needs."""
+    return checked(outer_loss, "The outer loss", engine.differentiates_outer_loss)
 
 
 def one_batch(outer_loss: OuterLoss) -> AbstractContextManager[None]:

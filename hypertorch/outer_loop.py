@@ -18,7 +18,7 @@ from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
-from .inner_loss import checked, one_batch
+from .inner_loss import checked_outer, one_batch
 from .outer import OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
@@ -92,8 +92,9 @@ class OuterLoop:
         self.get_ready()
 
     def _new_training(self) -> Training:
-        slots = Slots(self.model, self._params())
-        return Training(self.optimizer, slots, self.groups.dynamics, self.hyperparameters)
+        slots, is_contiguous = Slots(self.model, self._params()), self.window == self.update_every
+        dynamics, hyperparameters = self.groups.dynamics, self.hyperparameters
+        return Training(self.optimizer, slots, dynamics, hyperparameters, is_contiguous)
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -224,7 +225,7 @@ class OuterLoop:
 
     def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
         with leaving_no_trace(self.model), torch.enable_grad(), one_batch(self.outer_loss):
-            return self._open[0].hypergradient(checked(self.outer_loss, "The outer loss"))
+            return self._open[0].hypergradient(checked_outer(self.outer_loss, self.engine))
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
         """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""

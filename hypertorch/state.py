@@ -8,6 +8,7 @@ import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -261,6 +262,17 @@ class ModuleBuffers:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+
+    def values(self) -> list[Tensor]:
+        """Return the copies."""
+        return [value for *_, value in self._saved]
+
+    def holding(self, values: Sequence[Tensor]) -> "ModuleBuffers":
+        """Return the same buffers with other values to restore, in the same order."""
+        other = copy(self)
+        pairs = zip(self._saved, values, strict=True)
+        other._saved = [(*saved[:-1], value) for saved, value in pairs]
+        return other
 
     def restore(self) -> None:
         """Put the same tensors back, with their values at that moment.

@@ -33,12 +33,15 @@ class Training:
         slots: the model, and where it keeps the parameters.
         dynamics: Φ.
         hyperparameters: λ, by name.
+        is_contiguous: whether each window begins where the one before it ended, so that an engine
+            sees every training step.
     """
 
     optimizer: torch.optim.Optimizer
     slots: Slots
     dynamics: Dynamics
     hyperparameters: Mapping[str, Hyperparameter]
+    is_contiguous: bool = True
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -147,10 +150,13 @@ class Engine(ABC):
             then learn from an unchanged `loss.backward(); optimizer.step()`), the `"loss"` with its
             graph, or a `"closure"` that computes the same loss again.
         differentiates_twice: whether torch must be told so before the forward pass.
+        differentiates_outer_loss: whether E must have a graph; else it may be any number, such as
+            an error rate.
     """
 
     needs: ClassVar[Literal["gradients", "loss", "closure"]]
     differentiates_twice: ClassVar[bool] = True
+    differentiates_outer_loss: ClassVar[bool] = True
 
     def check(self, training: Training) -> None:
         """Raise if a hyperparameter, Φ or model cannot be differentiated by this method.
