@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 
 from experiments.band.config import load_band, load_tasks
+from experiments.band.figures import cost_figure, difference_figure, heat_maps
 from experiments.band.plan import Plan
+from experiments.band.summary import comparisons, summary_text, write_summary
 from experiments.band.table import Table, write_csv
 from experiments.band.work import do_all
 from experiments.config_errors import ConfigError
@@ -41,13 +43,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Stopped. The same command goes on.", file=sys.stderr)
         return INTERRUPTED
-    folder = root / config.tier.name
-    folder.mkdir(parents=True, exist_ok=True)
-    rows = [
-        table.rows[run] for at in plan.settings() for run in plan.known(at) if run in table.rows
-    ]
-    write_csv(rows, folder / "table.csv")
+    print(report(plan, table, root / config.tier.name))
     return 0
+
+
+def report(plan: Plan, table: Table, folder: Path) -> str:
+    """Write table, summary and figures of a plan's rows.
+
+    Args:
+        plan: of the call.
+        table: what is done.
+        folder: where to write.
+
+    Returns:
+        The summary as text.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    keys = dict.fromkeys(run for at in plan.settings() for run in plan.known(at))
+    write_csv([table.rows[run] for run in keys if run in table.rows], folder / "table.csv")
+    made = comparisons(plan, table.rows)
+    lines = [comparison.line(group) for comparison in made for group in comparison.groups()]
+    write_summary(lines, folder / "summary.csv")
+    for comparison in made:
+        heat_maps(comparison, folder / f"heat_{comparison.task}_{comparison.base}.png")
+    cost_figure(made, folder / "cost.png")
+    difference_figure(made, folder / "differences.png")
+    return f"{summary_text(lines)}\n\nTable, summary and figures: {folder}"
 
 
 if __name__ == "__main__":

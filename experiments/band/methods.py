@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from experiments.band.hypergradient_descent import build_descent
 from experiments.band.ours import PRESETS, build_ours
 from experiments.band.problems import Problem
+from experiments.band.rivals import d_adaptation, dog, mechanic, prodigy, schedule_free
 from experiments.band.rows import Run
 from experiments.band.trainee import Trainee, base_optimizer, start_of
 
@@ -21,14 +23,15 @@ class Method:
 
     `schedules`: those it is run with, one run each. `takes_lr`, `takes_weight_decay`: whether it
     starts from η₀ and from λ₀. `is_own`: made of this library, so that its code is in the key.
+    `own_base`: the base of one that does not wrap any; it is in the tables of all bases.
     """
 
     build: Build
     schedules: tuple[str, ...] = ("constant",)
-    bases: tuple[str, ...] = ("sgd", "adamw")
     takes_lr: bool = True
     takes_weight_decay: bool = True
     is_own: bool = False
+    own_base: str | None = None
 
 
 def build_fixed(model: nn.Module, problem: Problem, run: Run) -> Trainee:
@@ -52,4 +55,12 @@ METHODS: dict[str, Method] = {
         name: Method(build_ours, schedules=(preset.schedule,), is_own=True)
         for name, preset in PRESETS.items()
     },
+    "prodigy": Method(prodigy, ("cosine",), takes_lr=False, own_base="adamw"),
+    "d-adaptation": Method(d_adaptation, ("linear",), takes_lr=False),
+    "dog": Method(dog, takes_lr=False, own_base="sgd"),
+    "l-dog": Method(dog, takes_lr=False, own_base="sgd"),
+    "schedule-free": Method(schedule_free),
+    "mechanic": Method(mechanic, ("linear",)),
+    "hd-additive": Method(build_descent),
+    "hd-multiplicative": Method(build_descent),
 }

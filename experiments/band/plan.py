@@ -74,6 +74,10 @@ class Plan:
             at.task, self._ids[at.task], at.seed, at.base, method, schedule, lr, weight_decay, code
         )
 
+    def fixed(self, at: Setting, schedule: str, lr: float, weight_decay: float) -> Run:
+        """The key of a run with fixed η and λ."""
+        return self.run(at, FIXED, schedule, lr, weight_decay)
+
     def box(self, at: Setting) -> GridConfig:
         """The η and λ that the searches choose from."""
         grid: GridConfig = getattr(self.config, at.base)
@@ -84,16 +88,15 @@ class Plan:
         size, box = self.sizes[at.task], self.box(at)
         lrs, decays = box.lr[:: size.grid_every], box.weight_decay[:: size.grid_every]
         points = itertools.product(size.schedules, lrs, decays)
-        return [self.run(at, FIXED, *point) for point in points]
+        return [self.fixed(at, *point) for point in points]
 
     def random(self, at: Setting) -> list[Run]:
         """Fixed runs of random search, in order: log-uniform in the grid's box."""
         size, box = self.sizes[at.task], self.box(at)
         generator = random.Random(f"{at.task} {at.base} {at.seed}")
         return [
-            self.run(
+            self.fixed(
                 at,
-                FIXED,
                 generator.choice(list(size.schedules)),
                 _log_uniform(generator, box.lr[0], box.lr[-1]),
                 _log_uniform(generator, box.weight_decay[0], box.weight_decay[-1]),
@@ -104,8 +107,8 @@ class Plan:
     def starts(self, at: Setting, method: str) -> list[Run]:
         """A method from each of its starts; one that takes no η₀ or no λ₀ has fewer."""
         entry, size = METHODS[method], self.sizes[at.task]
-        if at.base not in entry.bases:
-            return []
+        if entry.own_base:
+            at = at._replace(base=entry.own_base)
         lrs = list(size.start_lr) if entry.takes_lr else [None]
         decays = list(size.start_weight_decay) if entry.takes_weight_decay else [None]
         points = itertools.product(entry.schedules, lrs, decays)
@@ -113,7 +116,7 @@ class Plan:
 
     def adamw_default(self, at: Setting) -> Run:
         """torch's AdamW as it comes, whatever the base."""
-        return self.run(at._replace(base="adamw"), FIXED, "constant", *ADAMW_DEFAULT)
+        return self.fixed(at._replace(base="adamw"), "constant", *ADAMW_DEFAULT)
 
     def known(self, at: Setting) -> list[Run]:
         """Every run of a setting that does not depend on another's outcome."""

@@ -71,7 +71,7 @@ class GridConfig:
 def _sgd_grid() -> GridConfig:
     return GridConfig(
         lr=[1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0],
-        weight_decay=[1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1],
+        weight_decay=[1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1],
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -12,8 +13,9 @@ from tqdm import tqdm
 
 from experiments.band.many import train_many
 from experiments.band.plan import Job, Plan
-from experiments.band.problems import problem_of
-from experiments.band.rows import Row
+from experiments.band.problems import Problem, problem_of
+from experiments.band.rows import Row, Run
+from experiments.band.search import tpe
 from experiments.band.table import Table
 
 _plan: Plan | None = None
@@ -30,15 +32,19 @@ def do_all(plan: Plan, table: Table, workers: int, progress: bool = True) -> Non
         progress: show a progress bar, and the runs that end in an error.
     """
     jobs = plan.jobs(table.rows)
-    total = sum(max(1, len(job.runs)) for job in jobs)
+    total = sum(_count(plan, job) for job in jobs)
     with tqdm(total=total, unit="run", disable=not progress, smoothing=0.05) as bar:
         for job, rows in _results(jobs, plan, table.path, workers):
-            bar.update(max(1, len(job.runs)))
+            bar.update(_count(plan, job))
             bar.set_description(f"{job.setting.task} {job.setting.base}")
             for row in rows:
                 if row.error and progress:
                     bar.write(f"{row.run.method} from {row.run.lr}: {row.error}")
     table.reload()
+
+
+def _count(plan: Plan, job: Job) -> int:
+    return plan.sizes[job.setting.task].tpe if job.kind == "tpe" else len(job.runs)
 
 
 def _results(
@@ -68,7 +74,16 @@ def _prepare(plan: Plan, path: Path) -> None:
 def _do(job: Job) -> tuple[Job, list[Row]]:
     assert _plan is not None and _table is not None
     problem = problem_of(_plan.tasks[job.setting.task], job.setting.seed)
+    if job.kind == "tpe":
+        return job, tpe(_plan, job.setting, functools.partial(_outcome, problem, _table))
     rows = train_many(problem, job.runs)
     for row in rows:
         _table.append(row)
     return job, rows
+
+
+def _outcome(problem: Problem, table: Table, run: Run) -> Row:
+    if run not in table.rows:
+        (row,) = train_many(problem, [run])
+        table.append(row)
+    return table.rows[run]

@@ -1,16 +1,21 @@
 """The benchmark at a tiny size: its arithmetic, its table, and going on where it stopped."""
 
+import csv
 import math
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from experiments.band.__main__ import report
 from experiments.band.config import load_band, load_tasks
 from experiments.band.many import train_many
+from experiments.band.methods import METHODS
 from experiments.band.plan import Plan, Setting
 from experiments.band.problems import Problem
 from experiments.band.rows import Row, Run, fingerprint
+from experiments.band.summary import Group
 from experiments.band.table import Table
 from experiments.band.training import train
 from experiments.band.work import do_all
@@ -147,3 +152,61 @@ def test_evaluations_are_equally_spaced_and_end_with_the_run():
     row = train(problem, tiny_plan().grid(at())[0])
     assert [entry[0] for entry in row.history] == [0, 4, 8, 12]
     assert all(math.isfinite(value) for entry in row.history for value in entry)
+
+
+def test_hypergradient_descent_follows_its_formula():
+    """Against a loop over float64 numbers that knows nothing of torch.optim."""
+    problem = in_float64(Problem(load_tasks([*DIGITS, "task.model.hidden=[]"])["digits_noisy"], 2))
+    for method, beta in (("hd-additive", 1e-3), ("hd-multiplicative", 0.02)):
+        run = Run("digits_noisy", "", 2, "sgd", method, "constant", 0.01, 0.1)
+        trainee = METHODS[method].build(problem.model(), problem, run)
+        weights = [p.detach().clone().requires_grad_() for p in problem.model().parameters()]
+        buffers, lr = [torch.zeros_like(w) for w in weights], 0.01
+        for batch in problem.loader():
+            logits = batch.x.flatten(1) @ weights[0].t() + weights[1]
+            loss = torch.nn.functional.cross_entropy(logits, batch.y)
+            grads = torch.autograd.grad(loss, weights)
+            flat, old = (torch.cat([t.flatten() for t in ts]) for ts in (grads, buffers))
+            if old.any():
+                gain = flat @ old
+                lr += (
+                    beta * gain
+                    if method == "hd-additive"
+                    else (lr * beta * gain / flat.norm() / old.norm())
+                )
+            with torch.no_grad():
+                for w, grad, buffer in zip(weights, grads, buffers, strict=True):
+                    buffer.mul_(0.9).add_(grad + 0.1 * w)
+                    w.sub_(lr * buffer)
+            trainee.step(batch)
+        assert trainee.values()[0] == pytest.approx(float(lr), rel=1e-10)
+        assert trainee.values()[0] != 0.01
+
+
+def test_the_widest_stretch_of_good_starts():
+    def group(*accuracies):
+        rows = {}
+        for i, (top, bottom) in enumerate(accuracies):
+            for decay, value in ((1e-4, top), (1e-2, bottom)):
+                rows[10.0 ** (i - 3), decay] = {0: SimpleNamespace(test_accuracy=value / 100)}
+        return Group("x", rows)
+
+    found = group((80, 80), (90, 90), (89.6, 90), (90, 89), (90, 90))
+    assert found.decades(0.5, 90, 0) == pytest.approx(1)  # 1e-2 and 1e-1, every λ₀ within
+    assert found.decades(1.0, 90, 0) == pytest.approx(3)
+    assert found.decades(1.0, 90, 1) == 0  # at 1e-3 no λ₀ is within
+
+
+def test_the_report_has_a_line_per_method_and_all_figures(tmp_path):
+    plan, table = tiny_plan("tier.size.start_weight_decay=[1e-3,0.1]"), Table(tmp_path / "r.jsonl")
+    do_all(plan, table, workers=1, progress=False)
+    text = report(plan, table, tmp_path)
+    names = ["fixed, constant", "fixed, linear", "fixed, cosine", "hyper", "AdamW's default"]
+    assert [name for name in names if f"\n{name} " in text] == names
+    files = {"cost.png", "differences.png", "heat_digits_noisy_sgd.png", "summary.csv", "table.csv"}
+    assert {file.name for file in tmp_path.iterdir()} >= files
+    with (tmp_path / "table.csv").open(newline="") as file:
+        written = list(csv.DictReader(file))
+    assert len(written) == len(table.rows)
+    goal = max((table.rows[run] for run in plan.grid(at())), key=lambda row: row.score)
+    assert f"grid's best {100 * goal.test_accuracy:.2f} %" in text
