@@ -70,7 +70,7 @@ class Group:
         widest, first = 0.0, math.inf  # where the present stretch begins
         for value in values:
             first = min(first, value) if good[value] else math.inf
-            widest = max(widest, math.log10(value / first))
+            widest = max(widest, math.log10(value / min(first, value)))
         return widest
 
 
