@@ -4,8 +4,9 @@ A_t = ∂Φ_t/∂s_{t-1} and B_t = ∂Φ_t/∂λ are never formed: only A z + B 
 loss's gradient is part of Φ_t, so that each product contains one Hessian-vector product.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,20 +50,26 @@ class Transition:
             return values
         return [_scaled(lr, factor) for lr, factor in zip(values, self.schedule, strict=True)]
 
-    def __call__(self, state: State, grads: Gradients) -> State:
-        """Return s_t; a parameter without a gradient stays as it is."""
+    def _places(self) -> Iterator[tuple[dict[str, Any], int]]:
+        """Yield, for each parameter, its group with what is learned, and its number there."""
         overrides = self.overrides()
-        params, buffers = list(state.params), list(state.buffers)
-        index = 0
         for g, live in enumerate(self.groups):
             group = {**live, **{name: by_group[g] for name, by_group in overrides.items()}}
-            for i in range(len(group["params"])):
-                grad = grads[index]
-                if grad is not None:
-                    params[index], buffers[index] = self.dynamics.step(
-                        params[index], grad, buffers[index], group, i
-                    )
-                index += 1
+            yield from ((group, i) for i in range(len(group["params"])))
+
+    def parameter_settings(self) -> list[dict[str, Any]]:
+        """Return the settings that Φ has for each parameter, the learned ones as tensors."""
+        return [self.dynamics.settings(group, i) for group, i in self._places()]
+
+    def __call__(self, state: State, grads: Gradients) -> State:
+        """Return s_t; a parameter without a gradient stays as it is."""
+        params, buffers = list(state.params), list(state.buffers)
+        for index, (group, i) in enumerate(self._places()):
+            grad = grads[index]
+            if grad is not None:
+                params[index], buffers[index] = self.dynamics.step(
+                    params[index], grad, buffers[index], group, i
+                )
         return State(params, buffers)
 
 
@@ -112,6 +119,12 @@ class Linearised:
     def next_state(self) -> State:
         """Return s_t, in the graph of s_{t-1} and λ."""
         return self.transition(self.state, self.grads)
+
+    def with_buffers(self, buffers: list[dict[str, Any]]) -> "Linearised":
+        """Return Φ_t at the same weights and gradients, from other buffers."""
+        other = copy(self)
+        other.state = State(self.state.params, buffers)
+        return other
 
     def vjp(self, following: State, adjoint: Parts) -> tuple[Parts, dict[str, Tensor]]:
         """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t.
