@@ -33,7 +33,7 @@ def evaluate(model: nn.Module, examples: Examples) -> tuple[float, float]:
         loss = loss + cross_entropy(logits, y, reduction="sum")
         correct = correct + (logits.argmax(1) == y).sum()
     model.train(was_training)
-    n = len(examples.y)
+    n = examples.y.numel()
     return loss.item() / n, correct.item() / n
 
 

@@ -40,7 +40,7 @@ class KingJamesConfig:
 class TransformerConfig:
     """A small causal transformer over characters."""
 
-    _target_: str = "experiments.models.CharacterTransformer"
+    _target_: str = "experiments.transformer.CharacterTransformer"
     width: int = 64
     heads: int = 4
     layers: int = 2

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from experiments.band.optimal_decay import is_near, optimal_decay
 from experiments.band.plan import FIXED, Plan, Setting
+from experiments.band.problems import problem_of
 from experiments.band.rows import Row, Run
 from experiments.band.search import tpe
 
@@ -104,6 +106,7 @@ class Line:
     median_last: float  # last weights instead
     final_weight_decay_low: float
     final_weight_decay_high: float
+    near_optimal_decay: float  # fraction of runs whose final λ is within a factor 3 of λ*
 
 
 def accuracy(row: Row) -> float:
@@ -126,6 +129,7 @@ class Comparison:
         settings = [at for at in plan.settings() if (at.task, at.base) == (task, base)]
         self.settings = [at for at in settings if self._done(plan.grid(at))]
         self.seeds = [at.seed for at in self.settings]
+        self._optima = self.optimal_decays()
 
     def _done(self, runs: Iterable[Run]) -> list[Row]:
         return [self.rows[run] for run in runs if run in self.rows]
@@ -213,7 +217,24 @@ class Comparison:
             median_last=statistics.median(100 * r.last_test_accuracy for r in group.all),
             final_weight_decay_low=min(decays, default=math.nan),
             final_weight_decay_high=max(decays, default=math.nan),
+            near_optimal_decay=self._near(group),
         )
+
+    def optimal_decays(self) -> dict[int, float]:
+        """λ* by seed, where the task is convex and λ acts as in the loss: with SGD."""
+        if self.base != "sgd":
+            return {}
+        problems = (problem_of(self.plan.tasks[self.task], seed) for seed in self.seeds)
+        found = {problem.seed: optimal_decay(problem) for problem in problems}
+        return {seed: decay for seed, decay in found.items() if decay is not None}
+
+    def _near(self, group: Group) -> float:
+        found = [
+            is_near(row.final_weight_decay, self._optima[row.run.seed])
+            for row in group.all
+            if row.run.seed in self._optima
+        ]
+        return _mean(found) if found else math.nan
 
 
 def comparisons(plan: Plan, rows: Mapping[Run, Row]) -> list[Comparison]:

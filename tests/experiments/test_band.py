@@ -12,6 +12,7 @@ from experiments.band.__main__ import report
 from experiments.band.config import load_band, load_tasks
 from experiments.band.many import train_many
 from experiments.band.methods import METHODS
+from experiments.band.optimal_decay import DECAYS, optimal_decay, validation_loss
 from experiments.band.plan import Plan, Setting
 from experiments.band.problems import Problem
 from experiments.band.rows import Row, Run, fingerprint
@@ -210,3 +211,29 @@ def test_the_report_has_a_line_per_method_and_all_figures(tmp_path):
     assert len(written) == len(table.rows)
     goal = max((table.rows[run] for run in plan.grid(at())), key=lambda row: row.score)
     assert f"grid's best {100 * goal.test_accuracy:.2f} %" in text
+
+
+def test_the_optimal_decay_belongs_to_torch_weight_decay():
+    """Against torch's own L-BFGS on the two-class loss with λ/2 ‖w‖²."""
+    tasks = load_tasks(["task=breast_cancer", "task.data.features=12"])
+    problem = in_float64(Problem(tasks["breast_cancer"], seed=1))
+    model, train_set, held_out = problem.model(), problem.task.train, problem.task.validation
+    optimizer = torch.optim.LBFGS(
+        model.parameters(),
+        max_iter=500,
+        tolerance_grad=1e-11,
+        tolerance_change=0,
+        line_search_fn="strong_wolfe",
+    )
+
+    def objective():
+        optimizer.zero_grad()
+        penalty = sum(p.square().sum() for p in model.parameters())
+        loss = torch.nn.functional.cross_entropy(model(train_set.x), train_set.y) + 0.015 * penalty
+        loss.backward()
+        return loss
+
+    optimizer.step(objective)
+    loss = torch.nn.functional.cross_entropy(model(held_out.x), held_out.y).item()
+    assert validation_loss(problem, 0.03) == pytest.approx(loss, rel=1e-7)
+    assert optimal_decay(problem) in DECAYS

@@ -1,0 +1,78 @@
+"""A small causal transformer over characters."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+SPREAD = 0.02  # standard deviation of the initial embeddings
+
+
+class CharacterTransformer(nn.Module):
+    """Embeddings, blocks of attention and perceptron with LayerNorm before each, and one readout.
+
+    Args:
+        shape: `(context,)`, the characters of an example.
+        classes: different characters.
+        width: of the residual stream.
+        heads: of the attention; they divide `width`.
+        layers: blocks.
+    """
+
+    def __init__(
+        self, shape: Sequence[int], classes: int, width: int = 64, heads: int = 4, layers: int = 2
+    ) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(classes, width)
+        self.position = nn.Parameter(SPREAD * torch.randn(shape[0], width))
+        nn.init.normal_(self.embedding.weight, std=SPREAD)
+        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, classes)
+
+    def forward(self, characters: Tensor) -> Tensor:
+        """The logits of each next character, `(n, classes, context)`.
+
+        Args:
+            characters: their numbers, `(n, context)`.
+        """
+        x = self.embedding(characters) + self.position[: characters.shape[1]]
+        logits: Tensor = self.readout(self.norm(self.blocks(x)))
+        return logits.transpose(1, 2)
+
+
+class Block(nn.Module):
+    """x + attention(norm x), then x + perceptron(norm x).
+
+    Args:
+        width: of the residual stream.
+        heads: of the attention.
+    """
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
+        self.query_key_value = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.perceptron = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The stream after the block, `(n, context, width)`.
+
+        Args:
+            x: the stream before it.
+        """
+        x = x + self.out(self._attention(self.norms[0](x)))
+        return x + self.perceptron(self.norms[1](x))
+
+    def _attention(self, x: Tensor) -> Tensor:
+        n, context, width = x.shape
+        parts = self.query_key_value(x).view(n, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        mixed = scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
+        return mixed.transpose(1, 2).reshape(n, context, width)

@@ -1,0 +1,97 @@
+"""The benchmark's own data and model: Fourier features, the King James text, a transformer."""
+
+import shutil
+import stat
+
+import pytest
+import torch
+
+from experiments.config_errors import ConfigError
+from experiments.evaluation import evaluate
+from experiments.fourier_features import breast_cancer
+from experiments.king_james import king_james, read_text
+from experiments.loaders import Examples
+from experiments.transformer import CharacterTransformer
+
+VERSES = "Ge1:1 In the beginning\nGe1:2 And the earth\nRe22:21 Amen.\n"
+
+
+def test_random_features_approach_the_gaussian_kernel():
+    few, many = (breast_cancer(features=n, width=12.0) for n in (200, 40_000))
+    x = many.validation.x[:20].double()
+    kernel = x @ x.t() / 40_000
+    assert torch.diagonal(kernel) == pytest.approx(1.0, abs=0.03)  # 3/√features
+    assert 0.1 < kernel.min() < 0.9
+    rough = few.validation.x[:20].double()
+    assert (rough @ rough.t() / 200 - kernel).abs().max() < 0.4  # the same kernel, more noise
+
+
+def test_label_noise_stays_in_the_training_labels():
+    clean, noisy = breast_cancer(label_noise=0.0), breast_cancer(label_noise=0.2)
+    assert (clean.train.y != noisy.train.y).sum() == 40
+    assert torch.equal(clean.validation.y, noisy.validation.y)
+    assert torch.equal(clean.test.y, noisy.test.y)
+    assert len(clean.train.y) + len(clean.validation.y) + len(clean.test.y) == 569
+
+
+def test_a_split_that_leaves_nothing_to_test_on_is_refused():
+    with pytest.raises(ConfigError, match="569 examples"):
+        breast_cancer(train_size=500, validation_size=69)
+
+
+@pytest.fixture
+def reader(tmp_path, monkeypatch):
+    """A program that prints verses as Debian's `bible` does."""
+    program = tmp_path / "bin" / "bible"
+    program.parent.mkdir()
+    program.write_text(f"#!/bin/sh\nprintf '{VERSES}'\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{program.parent}:/bin:/usr/bin")
+    return program
+
+
+def test_the_text_loses_its_references_and_is_kept(tmp_path, reader):
+    text = "In the beginning\nAnd the earth\nAmen.\n"
+    assert read_text(tmp_path / "data") == text
+    reader.unlink()
+    assert read_text(tmp_path / "data") == text
+
+
+def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    with pytest.raises(FileNotFoundError, match="package `bible-kjv-text`"):
+        read_text(tmp_path)
+
+
+def test_pieces_are_shifted_by_one_and_do_not_overlap(tmp_path, reader):
+    task = king_james(str(tmp_path), 4, train_size=3, validation_size=2, test_size=2)
+    characters = sorted(set("In the beginning\nAnd the earth\nAmen.\n"))
+    assert task.classes == len(characters)
+    pieces = set()
+    for part in (task.train, task.validation, task.test):
+        assert torch.equal(part.x[:, 1:], part.y[:, :-1])
+        whole = torch.cat([part.x, part.y[:, -1:]], 1).tolist()
+        pieces |= {"".join(characters[i] for i in piece) for piece in whole}
+    text = "In the beginning\nAnd the earth\nAmen.\n"
+    assert pieces == {text[i : i + 5] for i in range(0, 35, 5)}
+    with pytest.raises(ConfigError, match="there are 7"):
+        king_james(str(tmp_path), 4, train_size=6, validation_size=1, test_size=1)
+
+
+def test_the_transformer_sees_only_the_past():
+    model = CharacterTransformer((6,), classes=5, width=8, heads=2).double()
+    x = torch.randint(5, (3, 6))
+    changed = x.clone()
+    changed[:, 4] = (x[:, 4] + 1) % 5
+    before, after = model(x), model(changed)
+    assert before.shape == (3, 5, 6)
+    assert torch.equal(before[:, :, :4], after[:, :, :4])
+    assert not torch.equal(before[:, :, 4], after[:, :, 4])
+
+
+def test_accuracy_counts_every_character():
+    model = CharacterTransformer((6,), classes=5, width=8, heads=2)
+    x, y = torch.randint(5, (2, 40, 6))
+    loss, accuracy = evaluate(model, Examples(x, y))
+    assert accuracy == pytest.approx((model(x).argmax(1) == y).float().mean().item())
+    assert loss == pytest.approx(torch.nn.functional.cross_entropy(model(x), y).item(), rel=1e-5)
