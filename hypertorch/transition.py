@@ -4,7 +4,7 @@ A_t = ∂Φ_t/∂s_{t-1} and B_t = ∂Φ_t/∂λ are never formed: only A z + B 
 loss's gradient is part of Φ_t, so that each product contains one Hessian-vector product.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
 from .dynamics import Dynamics
 from .errors import WindowError
@@ -152,30 +151,25 @@ class Linearised:
     def jvp(self, tangent: Parts, direction: Mapping[str, Tensor]) -> Parts:
         """Return A_t z + B_t e, over the parts of s_t.
 
-        The gradient's own tangent, H z + ∂_λ∇L e, is a gradient of ∇L again, since the Hessian of L
-        in (w, λ) is symmetric: no forward mode of the model is needed. Φ itself, a few pointwise
-        operations, is differentiated in forward mode.
-
         Args:
             tangent: z, over the parts of s_{t-1}; a missing one is zero.
             direction: e, by hyperparameter; a missing one is zero.
         """
-        of_grads = iter(self._tangent_of_gradient(tangent, direction))
-        grads = [
-            None if g is None else (g.detach(), tangent_of_g)
-            for g, tangent_of_g in zip(self.grads, self._spread(of_grads), strict=True)
-        ]
-        return pushed_forward(
-            self.transition, self.state, grads, tangent, self.hyperparameters, direction
-        )
+        return self.jvps([(tangent, direction)])[0]
 
-    def _spread(self, tangents: Any) -> list[Tensor | None]:
-        return [next(tangents) if p.requires_grad else None for p in self.state.params]
+    def jvps(self, columns: Iterable[tuple[Parts, Mapping[str, Tensor]]]) -> list[Parts]:
+        """Return A_t z + B_t e for several (z, e), which share what does not depend on them.
+
+        The gradient's own tangent, H z + ∂_λ∇L e, is a gradient of ∇L again, since the Hessian of L
+        in (w, λ) is symmetric: no forward mode of the model is needed.
+        """
+        push = PushForward(self.transition, self.state, self.grads, self.hyperparameters)
+        return [push(z, self._tangent_of_gradient(z, e), e) for z, e in columns]
 
     def _tangent_of_gradient(
         self, tangent: Parts, direction: Mapping[str, Tensor]
     ) -> list[Tensor | None]:
-        """Return H z + ∂_λ∇L e, one tensor per trainable parameter."""
+        """Return H z + ∂_λ∇L e, one entry per parameter."""
         places = [(i, "param") for i, p in enumerate(self.state.params) if p.requires_grad]
         along = [tangent.get(place) for place in places]
         along += [direction.get(name) for name in self._in_loss]
@@ -185,48 +179,91 @@ class Linearised:
             if g is not None and z is not None and g.requires_grad
         ]
         if not pairs:
-            return [None] * len(places)
+            return [None] * len(self.state.params)
         gradients, vectors = zip(*pairs, strict=True)
         targets = self._joint[: len(places)]
-        return list(
+        found = iter(
             torch.autograd.grad(gradients, targets, vectors, allow_unused=True, retain_graph=True)
         )
+        return [next(found) if p.requires_grad else None for p in self.state.params]
 
 
-def pushed_forward(
-    transition: Transition,
-    state: State,
-    grads: Sequence[tuple[Tensor, Tensor | None] | None],
-    tangent: Parts,
-    hyperparameters: Mapping[str, Hyperparameter],
-    direction: Mapping[str, Tensor],
-) -> Parts:
-    """Return the tangent of s_t = Φ(s_{t-1}, g_t, λ) by forward mode through Φ alone.
+class PushForward:
+    """Φ alone at one state and gradient, ready to carry tangents forward, any number of times.
+
+    Reverse mode gives u ↦ (∂Φ)ᵀ u, which is linear in u; reverse mode through that, its transpose,
+    is z ↦ ∂Φ z. Φ is linearised once for every z, and is asked for no forward mode, in which torch
+    spends far longer on an operation one of whose arguments has no tangent.
 
     Args:
         transition: Φ_t.
         state: s_{t-1}.
-        grads: g_t and its tangent, per parameter; a tangent of `None` is zero.
-        tangent: of s_{t-1}; a missing part is zero.
+        grads: g_t, per parameter.
         hyperparameters: λ, by name.
-        direction: of λ, by name; a missing one is zero.
 
-    Cost: about two steps of the optimizer; no gradient.
+    Cost: about four steps of Φ, and two more for each call; no gradient.
     """
-    with torch.no_grad(), forward_ad.dual_level(), ExitStack() as held:
-        for name, vector in direction.items():
-            h = hyperparameters[name]
-            held.enter_context(h.at(_dual(h.value, vector)))
-        duals = {k: _dual(p, tangent.get(k)) for k, p in state.parts().items()}
-        dual_grads = [None if pair is None else _dual(*pair) for pair in grads]
-        following = transition(state.replaced(duals), dual_grads)
-        tangents = {k: forward_ad.unpack_dual(p)[1] for k, p in following.parts().items()}
-        return {k: z.clone() for k, z in tangents.items() if z is not None}
+
+    def __init__(
+        self,
+        transition: Transition,
+        state: State,
+        grads: Gradients,
+        hyperparameters: Mapping[str, Hyperparameter],
+    ) -> None:
+        parts = {place: _leaf(part) for place, part in state.parts().items()}
+        gradients = [None if g is None else _leaf(g) for g in grads]
+        values = {name: _leaf(h.value) for name, h in hyperparameters.items()}
+        inputs: dict[Any, Tensor] = {**parts, **_by_place(gradients), **values}
+        with torch.enable_grad(), ExitStack() as held:
+            for name, h in hyperparameters.items():
+                held.enter_context(h.at(values[name]))
+            after = transition(state.replaced(parts), gradients).parts()
+            following = {place: part for place, part in after.items() if part.requires_grad}
+            probes = {
+                k: torch.zeros_like(part, requires_grad=True) for k, part in following.items()
+            }
+            transposed = torch.autograd.grad(
+                list(following.values()),
+                list(inputs.values()),
+                list(probes.values()),
+                create_graph=True,
+                allow_unused=True,
+            )
+        self._probes = probes  # u
+        pairs = zip(inputs, transposed, strict=True)
+        self._transposed = {k: t for k, t in pairs if t is not None and t.requires_grad}
+
+    def __call__(
+        self, tangent: Parts, of_grads: Gradients, direction: Mapping[str, Tensor]
+    ) -> Parts:
+        """Return the tangent of s_t = Φ(s_{t-1}, g_t, λ).
+
+        Args:
+            tangent: of s_{t-1}; a missing part is zero.
+            of_grads: of g_t, per parameter; `None` is zero.
+            direction: of λ, by name; a missing one is zero.
+        """
+        along: dict[Any, Tensor] = {**tangent, **_by_place(of_grads), **direction}
+        pairs = [(self._transposed[k], z) for k, z in along.items() if k in self._transposed]
+        if not pairs:
+            return {}
+        found = torch.autograd.grad(
+            [t for t, _ in pairs],
+            list(self._probes.values()),
+            [z.to(t) for t, z in pairs],
+            allow_unused=True,
+            retain_graph=True,
+        )
+        return {k: z for k, z in zip(self._probes, found, strict=True) if z is not None}
 
 
-def _dual(primal: Tensor, tangent: Tensor | None) -> Tensor:
-    primal = primal.detach()
-    return primal if tangent is None else forward_ad.make_dual(primal, tangent.to(primal))
+def _leaf(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_()
+
+
+def _by_place(gradients: Gradients) -> Parts:
+    return {(i, "gradient"): g for i, g in enumerate(gradients) if g is not None}
 
 
 def _trainable(params: Sequence[Tensor]) -> list[Tensor]:
