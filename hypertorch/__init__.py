@@ -22,7 +22,7 @@ from .errors import (
     WindowError,
 )
 from .functional import hypergradient
-from .hypergradients import Engine, FiniteDifferences, Replay, Unroll
+from .hypergradients import Engine, FiniteDifferences, Forward, OneStep, Replay, Unroll
 from .hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
@@ -45,6 +45,7 @@ __all__ = [
     "Engine",
     "FiniteDifferences",
     "FixedPoint",
+    "Forward",
     "GatedSign",
     "HyperOptimizer",
     "Hyperparameter",
@@ -52,6 +53,7 @@ __all__ = [
     "HypertorchWarning",
     "NormalConjugateGradient",
     "Nystrom",
+    "OneStep",
     "Replay",
     "Safeguards",
     "SolverError",

@@ -2,6 +2,8 @@
 
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .finite_differences import FiniteDifferences
+from .forward import Forward
+from .one_step import OneStep
 from .replay import Replay
 from .unroll import Unroll
 
@@ -9,6 +11,8 @@ __all__ = [
     "Carried",
     "Engine",
     "FiniteDifferences",
+    "Forward",
+    "OneStep",
     "OuterLoss",
     "Replay",
     "Training",
