@@ -22,7 +22,15 @@ from .errors import (
     WindowError,
 )
 from .functional import hypergradient
-from .hypergradients import Engine, FiniteDifferences, Forward, OneStep, Replay, Unroll
+from .hypergradients import (
+    Engine,
+    Evolution,
+    FiniteDifferences,
+    Forward,
+    OneStep,
+    Replay,
+    Unroll,
+)
 from .hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
@@ -43,6 +51,7 @@ __all__ = [
     "ConjugateGradient",
     "DivergenceError",
     "Engine",
+    "Evolution",
     "FiniteDifferences",
     "FixedPoint",
     "Forward",

@@ -1,6 +1,7 @@
 """dE/dλ by every method of the literature: one method per file, one interface."""
 
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
+from .evolution import Evolution
 from .finite_differences import FiniteDifferences
 from .forward import Forward
 from .one_step import OneStep
@@ -10,6 +11,7 @@ from .unroll import Unroll
 __all__ = [
     "Carried",
     "Engine",
+    "Evolution",
     "FiniteDifferences",
     "Forward",
     "OneStep",
