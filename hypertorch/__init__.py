@@ -41,6 +41,7 @@ from .hyperparameters import Hyperparameter
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .safeguards import Safeguards
+from .start_up import search_lr
 from .validation import ValidationLoss
 
 __all__ = [
@@ -78,6 +79,7 @@ __all__ = [
     "positive",
     "real",
     "register_dynamics",
+    "search_lr",
     "simplex",
     "unit_interval",
 ]

@@ -70,7 +70,7 @@ def hypergradient(
     slots = Slots(model, params)
     training = Training(bare, slots, dynamics_of(bare), optimizer.hyperparameters)
     engine.check(training)
-    with _as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
+    with as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
         groups = LearnedGroups(bare, training.settings)
         groups.start()
         window = engine.open(training)
@@ -114,7 +114,7 @@ def _switches(engine: Engine, optimizer: HyperOptimizer) -> AbstractContextManag
 
 
 @contextmanager
-def _as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
+def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
     """After, everything that training touches is as it was before."""
     bare, model = optimizer.optimizer, optimizer.model
     snapshot = Snapshot(bare, ModuleBuffers(model))

@@ -272,20 +272,24 @@ class OuterLoop:
         self.groups.add_group(additions)
         self.training = self._new_training()
         place(self.hyperparameters.values(), self._params()[0])
-        self.rule = self._new_rule()
-        self.cut()
-        self._carried = None
+        self.settings_were_set()
 
     def restart(self) -> None:
         """Learn on from the numbers that the param groups hold."""
         self.groups.restart()
-        self.rule = self._new_rule()
         self.position = 0
+        self.settings_were_set()
+
+    def settings_were_set(self, cost: float = 0.0) -> None:
+        """Learn on from what the settings hold, which took `cost` training steps to find."""
+        self.groups.publish()
+        self.rule = self._new_rule()
+        self.overhead += cost
         self.cut()
         self._carried = None
 
     def losses(self) -> dict[str, Tensor]:
-        """Return the losses of the latest outer update by name, as far as they are known."""
+        """Return the losses of the latest outer update, as far as they are known."""
         found = {"loss/inner": self.inner_loss_value, "loss/outer": self.outer_loss_value}
         return {name: loss for name, loss in found.items() if loss is not None}
 

@@ -28,7 +28,7 @@ RANKS = [
     {"nested_problem", "step_rules"},
     {"optimizer", "bilevel"},
     {"functional"},
-    {"check"},
+    {"check", "start_up"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

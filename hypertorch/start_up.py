@@ -1,0 +1,152 @@
+"""`search_lr`: an η to start from, by a few training steps at each of some ten.
+
+A hypergradient says which way η should move, not how far; and a window at a far too large η ruins
+the weights before λ can follow. From any starting value, short trials settle both.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from .errors import ArgumentError, HypertorchWarning
+from .functional import as_it_was
+from .hypergradients.recording import gradients
+from .hyperparameters import Setting
+from .inner_loss import checked, one_batch
+from .optimizer import HyperOptimizer
+from .param_groups import LearnedGroups
+from .state import leaving_no_trace
+
+#: η is multiplied by COARSE from trial to trial, and by FINE around the best of them.
+COARSE, FINE = 10.0, math.sqrt(10.0)
+
+
+def search_lr(
+    optimizer: HyperOptimizer, inner_losses: Sequence[Callable[[], Tensor]]
+) -> dict[float, float]:
+    """Let the learned η start where a few training steps lower the outer loss most.
+
+    Each trial makes the same K training steps from the present weights and buffers, at another η,
+    and takes them back. From the present η the trials go up by decades while E falls, or else down
+    while that lowers E or E is above what it was before any step, and end with half a decade on
+    either side of the best. All groups' η move by the same factor. E is taken on one validation
+    batch for all trials, so that a large one (some 500 examples) is worth its price.
+
+    Args:
+        optimizer: learns `lr`; its `outer_loss` is E.
+        inner_losses: K closures, one per training step, as in `hypergradient`: about ten.
+
+    Returns:
+        E by the η tried (the first group's), infinite where training diverged. The learned η is now
+        the best of them; it stays, with a warning, where none lowers E.
+
+    Raises:
+        ArgumentError: `lr` is not learned, or there is no closure.
+
+    Cost: K training steps and one E per trial: about nine trials from five decades away, four from
+    the right η. It is counted in `optimizer.cost`.
+
+    Example:
+        >>> from functools import partial
+        >>> model = torch.nn.Linear(3, 1)
+        >>> x, y = torch.ones(4, 3), torch.ones(4, 1)
+        >>> def loss(x, y):
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=1e-6)
+        >>> optimizer = HyperOptimizer(sgd, model, partial(loss, x, y), learn="lr")
+        >>> _ = search_lr(optimizer, [partial(loss, x, y)] * 5)
+        >>> 0.01 < optimizer.hyperparameters["lr"]().item() < 1.0
+        True
+    """
+    lr, loop = optimizer.hyperparameters.get("lr"), optimizer._loop
+    if not isinstance(lr, Setting) or loop is None:
+        raise ArgumentError("`search_lr` moves a learned `lr`. Name it in `learn`.")
+    if not inner_losses:
+        raise ArgumentError("`inner_losses` is empty. Pass about ten closures, one per step.")
+    optimizer.close()
+    search = _Search(optimizer, lr, [checked(loss, "An inner loss") for loss in inner_losses])
+    with one_batch(loop.outer_loss):
+        best = search.run()
+    lr.set(lr.value.detach() * best)
+    lr.clamp_()
+    lr.refresh()
+    loop.settings_were_set(search.cost)
+    return {search.start * factor: loss for factor, loss in sorted(search.found.items())}
+
+
+class _Search:
+    """Trials by the factor that η is multiplied with."""
+
+    def __init__(
+        self, optimizer: HyperOptimizer, lr: Setting, inner: list[Callable[[], Tensor]]
+    ) -> None:
+        self.optimizer, self.lr, self.inner = optimizer, lr, inner
+        self.start = lr.value.detach().flatten()[0].item()
+        self.found: dict[float, float] = {}
+        self.cost = 0.0
+
+    def run(self) -> float:
+        """Return the best factor."""
+        before, factor = self._outer_loss(), 1.0
+        rounding = 1e-5 * abs(before)  # a tiny η changes E by less
+        if self._trial(1.0) <= before + rounding:
+            while self._is_allowed(factor * COARSE) and (
+                self._trial(factor * COARSE) <= self._trial(factor) + rounding
+            ):
+                factor *= COARSE
+        while factor <= 1.0 and self._is_allowed(factor / COARSE):
+            is_harmful = self._trial(factor) > before + rounding
+            if not (is_harmful or self._trial(factor / COARSE) < self._trial(factor) - rounding):
+                break
+            factor /= COARSE
+        for side in (factor / FINE, factor * FINE):
+            if self._is_allowed(side):
+                self._trial(side)
+        best = min(self.found, key=lambda tried: self.found[tried])
+        if self.found[best] < before:
+            return best
+        warnings.warn(
+            f"`search_lr` found no η that lowers the outer loss in {len(self.inner)} steps, and "
+            f"leaves it at {self.start:g}. Pass more closures, or more validation data.",
+            HypertorchWarning,
+            stacklevel=3,
+        )
+        return 1.0
+
+    def _is_allowed(self, factor: float) -> bool:
+        lower, upper = self.lr.bounds or (0.0, math.inf)
+        return lower <= self.start * factor <= upper
+
+    def _trial(self, factor: float) -> float:
+        """Return E after the training steps at `factor` times the present η."""
+        if factor not in self.found:
+            self.found[factor] = self._trained(factor)
+        return self.found[factor]
+
+    def _trained(self, factor: float) -> float:
+        with as_it_was(self.optimizer), self.lr.at(self.lr.value.detach() * factor):
+            bare = self.optimizer.optimizer
+            settings = {
+                n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
+            }
+            groups = LearnedGroups(bare, settings)
+            groups.start()
+            params = self.optimizer._params()
+            for inner_loss in self.inner:
+                loss = inner_loss()
+                if not math.isfinite(loss.item()):
+                    return math.inf
+                for param, grad in zip(params, gradients(loss, params), strict=True):
+                    param.grad = grad
+                groups.step(self.optimizer._wrapped_step)
+            self.cost += len(self.inner)
+            return self._outer_loss()
+
+    def _outer_loss(self) -> float:
+        assert self.optimizer.outer_loss is not None
+        with leaving_no_trace(self.optimizer.model):
+            loss = self.optimizer.outer_loss().item()
+        self.cost += 0.5
+        return loss if math.isfinite(loss) else math.inf

@@ -1,0 +1,119 @@
+"""`search_lr`: the same η from every starting value, and nothing else touched."""
+
+from functools import partial
+
+import pytest
+import torch
+from support import assert_identical, built, everything, mse, network
+from support import batches as noise
+from torch import Tensor, nn
+
+import hypertorch
+from hypertorch import HyperOptimizer, search_lr
+
+
+def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
+    """Batches that something can be learned from."""
+    return [(x, torch.stack([x.sum(1), x[:, 0] - x[:, 1]], 1)) for x, _ in noise(count, seed=seed)]
+
+
+def outer_loss(model: nn.Module) -> hypertorch.ValidationLoss:
+    return hypertorch.ValidationLoss(model, mse, batches(2, seed=2))
+
+
+def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return mse(model(x), y)
+
+
+def problem(lr: float, name: str = "SGD with momentum") -> tuple[HyperOptimizer, list[partial]]:
+    model = network(dropout=0.2)
+    optimizer = HyperOptimizer(built(name, model, lr), model, outer_loss(model))
+    return optimizer, [partial(loss, model, x, y) for x, y in batches(8)]
+
+
+@pytest.mark.parametrize("name", ["SGD with momentum", "AdamW"])
+def test_every_start_leads_to_the_same_decade(name):
+    found = []
+    for lr in (1e-6, 1e-4, 1e-2, 1.0, 10.0):
+        optimizer, inner = problem(lr, name)
+        tried = search_lr(optimizer, inner)
+        best = optimizer.hyperparameters["lr"]().item()
+        assert tried[min(tried, key=tried.get)] == min(tried.values())
+        assert best == pytest.approx(min(tried, key=tried.get), rel=1e-6)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(best)
+        found.append(best)
+    assert max(found) < 1.01 * min(found)
+
+
+def test_it_is_better_than_its_neighbours_by_torchs_own_training():
+    optimizer, _ = problem(1e-4, "SGD")
+    search_lr(optimizer, [partial(loss, optimizer.model, x, y) for x, y in batches(8)])
+    best = optimizer.hyperparameters["lr"]().item()
+
+    def trained(lr: float) -> float:
+        torch.manual_seed(0)
+        model = network(dropout=0.2)
+        bare = built("SGD", model, lr)
+        for x, y in batches(8):
+            bare.zero_grad()
+            loss(model, x, y).backward()
+            bare.step()
+        return outer_loss(model)().item()
+
+    assert trained(best) < min(trained(best / 10), trained(best * 10))
+
+
+def test_weights_buffers_and_random_numbers_are_as_they_were():
+    optimizer, inner = problem(1e-3)
+    optimizer.step(inner[0]())
+    optimizer.close()
+    before = everything(optimizer.model, optimizer.optimizer)
+    search_lr(optimizer, inner)
+    after = everything(optimizer.model, optimizer.optimizer)
+    assert before["groups"][0].pop("lr") != after["groups"][0].pop("lr")
+    assert_identical(after, before)
+
+
+def test_groups_keep_their_ratio_and_the_trials_are_counted():
+    model = network()
+    groups = [
+        {"params": model[0].parameters(), "lr": 1e-4},
+        {"params": [*model[1].parameters(), *model[4].parameters()], "lr": 1e-5},
+    ]
+    optimizer = HyperOptimizer(torch.optim.SGD(groups), model, outer_loss(model), learn="lr")
+    tried = search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(5)])
+    first, second = optimizer.hyperparameters["lr"]().tolist()
+    assert first / second == pytest.approx(10) and first > 1e-3
+    assert optimizer.cost == pytest.approx(5.5 * len(tried) + 0.5)
+
+
+def test_a_trial_that_diverges_counts_as_infinite():
+    optimizer, inner = problem(10.0)
+
+    def fragile() -> Tensor:
+        value = inner[0]()
+        return value if value < 1e3 else value * torch.inf
+
+    tried = search_lr(optimizer, [fragile] * 8)
+    assert max(tried.values()) == torch.inf
+    assert optimizer.hyperparameters["lr"]().item() < 10
+
+
+def test_it_needs_a_learned_lr_and_closures():
+    optimizer, inner = problem(0.1)
+    with pytest.raises(hypertorch.ArgumentError, match="`inner_losses` is empty"):
+        search_lr(optimizer, [])
+    model = network()
+    other = HyperOptimizer(built("SGD", model), model, outer_loss(model), learn="weight_decay")
+    with pytest.raises(hypertorch.ArgumentError, match="moves a learned `lr`"):
+        search_lr(other, inner)
+
+
+def test_where_nothing_can_be_learned_the_lr_stays():
+    model = network()
+    validation = hypertorch.ValidationLoss(model, mse, [(noise(1)[0][0], noise(1)[0][1] * 0)])
+    nn.init.zeros_(model[4].weight), nn.init.zeros_(model[4].bias)
+    optimizer = HyperOptimizer(built("SGD", model, 0.1), model, validation)
+    with pytest.warns(hypertorch.HypertorchWarning, match="found no η that lowers"):
+        search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(3)])
+    assert optimizer.hyperparameters["lr"]().item() == pytest.approx(0.1)
