@@ -159,14 +159,14 @@ class HyperOptimizer(OptimizerWrapper):
 
     # One training step.
 
-    def step(self, loss: Any = None) -> Any:
+    def step(self, loss: Any = None, *, closure: Any = None) -> Any:
         """Make one training step, and an outer update when one is due.
 
         Args:
-            loss: the inner loss, a scalar tensor with its graph, which takes the place of
-                `zero_grad(); loss.backward(); step()`; or a closure that returns one; or nothing,
-                after the user's own `loss.backward()`: then it is a plain step, from which only an
-                engine that needs no more than the gradients learns.
+            loss: the inner loss with its graph, in place of `zero_grad(); loss.backward(); step()`;
+                or a closure that returns one; or nothing, after your own `loss.backward()`: a plain
+                step, from which only an engine that needs no more than the gradients learns.
+            closure: the same, by torch's name for it.
 
         Returns:
             The loss.
@@ -177,7 +177,7 @@ class HyperOptimizer(OptimizerWrapper):
                 needs a loss and got none.
             DivergenceError: training diverged in spite of repeated rollbacks.
         """
-        inner = InnerLoss(loss, self._params())
+        inner = InnerLoss(loss if closure is None else closure, self._params())
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
         with arguments.one_backward():
             if self._loop is None:
