@@ -81,7 +81,7 @@ class Iteration:
         accepted: whether λ was kept. If not, λ and w went back, and there is no hypergradient.
         hypergradient: df/dλ by name, in λ's units.
         tolerance: ε_k.
-        inner_residual: ‖∇_w h‖₂ over its value at the very beginning; at most ε_k unless the inner
+        inner_residual: ‖∇_w h‖₂ over its first value (or `scale`); at most ε_k unless the inner
             solver could not.
         linear_residual: ‖∂_w E − H v‖₂ / ‖∂_w E‖₂; likewise.
         step_length: D, how far ρ moved into this iteration, after projection; 0 in the first one
@@ -111,13 +111,13 @@ class HOAG:
 
         min_λ E(w(λ), λ),   w(λ) = argmin_w h(w, λ)
 
-    Iteration k: (i) minimise h from the last w until ‖∇_w h‖ ≤ ε_k (times its first value); (ii)
+    Iteration k: (i) minimise h from the last w until ‖∇_w h‖ ≤ ε_k (of its first value); (ii)
     solve H v = ∂_w E from the last v until ‖∂_w E − H v‖ ≤ ε_k ‖∂_w E‖; (iii) p = df/dλ by that v;
     (iv) ρ ← P(ρ − p/L), with λ = c(ρ) and P the projection on the hyperparameters' `bounds`. If
     Σ ε_k is finite this converges to a stationary point.
 
-    The step adapts: L_0 = ‖p_0‖ / √m, so that the first one has length 1 per entry of ρ. A step after
-    which E is not lower is taken back, with L ← 2 L and this and all later ε halved; one that
+    The step adapts: L_0 = ‖p_0‖ / √m, so that the first one has length 1 per entry of ρ. A step
+    after which E is not lower is taken back, with L ← 2 L and this and all later ε halved; one that
     lowers it well lets L fall. `step_rule` says when: `Descent()`, or `Published()` as in the
     released code.
 
@@ -132,11 +132,14 @@ class HOAG:
         outer_loss: E, likewise; it may depend on λ directly too.
         params: w, the leaf tensors that training moves, from where they are. They hold w(λ) after.
         hyperparameters: λ, one or several, each with a name of its own.
-        tolerance: ε_k: `exponential()`, `quadratic()`, `cubic()`, `exact()`, or any function of k.
+        tolerance: ε_k: `quadratic()` (the default), `exponential()`, `cubic()`, `exact()`, or any
+            function of k.
         inner_solver: moves w; called with an `InnerProblem` and the ‖∇_w h‖₂ to reach.
         linear_solver: of (ii); its `rtol` is replaced by ε_k.
         step_rule: how L adapts and which steps are taken back; its `max_step` is the length of the
             first one.
+        scale: the ‖∇_w h‖₂ that ε_k is relative to; `None`: its first value. Give one where w
+            starts at a solution already.
 
     Raises:
         ArgumentError: no params, no hyperparameters, or two of one name.
@@ -175,11 +178,12 @@ class HOAG:
         inner_solver: InnerSolver | None = None,
         linear_solver: LinearSolver | None = None,
         step_rule: StepRule | None = None,
+        scale: float | None = None,
     ) -> None:
         self.problem = NestedProblem(
-            inner_loss, outer_loss, params, hyperparameters, inner_solver, linear_solver
+            inner_loss, outer_loss, params, hyperparameters, inner_solver, linear_solver, scale
         )
-        self.tolerance = tolerance or exponential()
+        self.tolerance = tolerance or quadratic()
         self.step_rule = step_rule or Descent()
         self.iterations: list[Iteration] = []
         self._tightening = 1.0  # of ε; halved by each rejection
@@ -192,18 +196,20 @@ class HOAG:
         self,
         max_steps: int = 100,
         callback: Callable[[Iteration], object] | None = None,
-        atol: float = 0.0,
+        atol: float | None = None,
     ) -> list[Iteration]:
         """Make iterations until one of three says stop, and return all since the beginning.
 
         Args:
             max_steps: so many at most.
             callback: called with each iteration; anything true that it returns is the end.
-            atol: the end is where `stationarity` is at most this.
+            atol: the end is where `stationarity` is at most this. It is as inexact as ε_k: while
+                that is loose, λ may seem to rest at a bound.
         """
         for _ in range(max_steps):
             iteration = self.step()
-            if (callback is not None and callback(iteration)) or iteration.stationarity <= atol:
+            rests = atol is not None and iteration.stationarity <= atol
+            if (callback is not None and callback(iteration)) or rests:
                 break
         return self.iterations
 
@@ -216,7 +222,7 @@ class HOAG:
             SolverError: H is not positive definite at w(λ), or df/dλ is not finite.
         """
         started = time.perf_counter()
-        tolerance = self.tolerance(len(self.iterations)) * self._tightening
+        tolerance = self._next_tolerance()
         moved = 0.0 if self._point is None or self._is_back else self._move(self._point)
         here = {h.name: h().detach().clone() for h in self._hyperparameters}
         evaluation = self.problem.solved(tolerance)
@@ -239,6 +245,11 @@ class HOAG:
         )
         self.iterations.append(iteration)
         return iteration
+
+    def _next_tolerance(self) -> float:
+        """Return ε_k, halved by each rejection, and nowhere below what rounding allows."""
+        rounding = 100 * torch.finfo(self.problem.inner.params[0].dtype).eps
+        return max(self.tolerance(len(self.iterations)) * self._tightening, rounding)
 
     @property
     def _hyperparameters(self) -> list[Hyperparameter]:

@@ -40,7 +40,7 @@ class Evaluation:
     Attributes:
         outer_loss: E, with its graph.
         derivatives: of h at w(λ).
-        residual: ‖∇_w h‖₂ over its value at the very beginning.
+        residual: ‖∇_w h‖₂ / scale.
     """
 
     outer_loss: Tensor
@@ -58,6 +58,8 @@ class NestedProblem:
         hyperparameters: λ, one or several, each with a name of its own.
         inner_solver: moves w; called with an `InnerProblem` and the ‖∇_w h‖₂ to reach.
         linear_solver: of H v = ∂_w E; its `rtol` is replaced by the tolerance.
+        scale: the ‖∇_w h‖₂ that tolerances are relative to; `None`: its first value. Give one where
+            w starts at a solution already.
 
     Raises:
         ArgumentError: no params, no hyperparameters, or two of one name.
@@ -72,6 +74,7 @@ class NestedProblem:
         hyperparameters: Hyperparameter | Iterable[Hyperparameter],
         inner_solver: InnerSolver | None = None,
         linear_solver: LinearSolver | None = None,
+        scale: float | None = None,
     ) -> None:
         self.inner = InnerProblem(inner_loss, params)
         self.outer_loss = outer_loss
@@ -81,12 +84,12 @@ class NestedProblem:
         self.inner_solver = inner_solver or Minimizer()
         self.linear_solver = linear_solver or ConjugateGradient()
         self.adjoint: list[Tensor] | None = None  # v, from which the next system starts
-        self.scale: float | None = None  # ‖∇_w h‖ at the very beginning
+        self.scale = scale
         self._outer_gradients = 0
         self._has_warned = False
 
     def value(self, tolerance: float) -> float:
-        """Return f(λ) at the present λ, with ‖∇_w h‖ ≤ `tolerance` times its first value."""
+        """Return f(λ) at the present λ, with ‖∇_w h‖₂ ≤ `tolerance` · scale."""
         return self.solved(tolerance).outer_loss.item()
 
     def hypergradient(self, tolerance: float) -> dict[str, Tensor]:

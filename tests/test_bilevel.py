@@ -215,6 +215,18 @@ def test_a_value_is_that_of_the_solved_problem():
     assert nested.costs.outer_gradients == 0
 
 
+def test_weights_that_start_at_a_solution_need_a_scale():
+    problem = Logistic(start=0.1)
+    first = problem.nested()
+    first.value(1e-12)
+    again = problem.nested(scale=first.scale)
+    assert again.value(1e-12) == pytest.approx(problem.f(0.1), rel=1e-12)
+    assert again.costs.inner_gradients < 5
+    with pytest.warns(HypertorchWarning, match="ended at a relative residual of"):
+        problem.nested().value(1e-12)
+    assert len(problem.hoag(scale=first.scale, tolerance=exact()).minimize(1)) == 1
+
+
 # Generalised cross-validation: E depends on λ directly
 
 
