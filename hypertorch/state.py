@@ -286,21 +286,32 @@ class ModuleBuffers:
                 module._buffers[name] = buffer
 
 
-class RandomState:
-    """The state of every global random number generator: torch, CUDA, `random`, numpy."""
+class TorchRandomState:
+    """The state of torch's global random number generators."""
 
     def __init__(self) -> None:
         self._torch = torch.get_rng_state()
         self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Set them back to that state."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+class RandomState(TorchRandomState):
+    """The state of every global random number generator: torch's, `random`'s and numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
         self._python = random.getstate()
         numpy = sys.modules.get("numpy")
         self._numpy = numpy.random.get_state() if numpy else None
 
     def restore(self) -> None:
         """Set every generator back to that state."""
-        torch.set_rng_state(self._torch)
-        if self._cuda:
-            torch.cuda.set_rng_state_all(self._cuda)
+        super().restore()
         random.setstate(self._python)
         if self._numpy is not None:
             sys.modules["numpy"].random.set_state(self._numpy)

@@ -1,6 +1,6 @@
 """A window's steps as they can be made again: s_t = Φ_t(s_{t-1}, λ) on the same batches and noise.
 
-What is kept of a step is its closure, its Φ_t and the random numbers it began with; states are
+What is kept of a step is its closure, its Φ_t and torch's random numbers as it began; states are
 computed again from the start of the window. The live weights are not written to: a step that is
 made again has weights of its own, in the model's slots.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import WindowError
-from ..state import ModuleBuffers, RandomState, State, leaving_no_trace
+from ..state import ModuleBuffers, State, TorchRandomState, leaving_no_trace
 from ..transition import Transition, check_dependence
 from .engine import OuterLoss, Training, TrainingStep
 
@@ -30,7 +30,7 @@ class Moment:
 class _Made:
     transition: Transition
     step: TrainingStep
-    randomness: RandomState
+    randomness: TorchRandomState
     loss: Tensor
 
 
@@ -43,7 +43,7 @@ class Recording:
     Attributes:
         start: the state before the first step.
 
-    Cost: one copy of the state; each step, the state of the random number generators.
+    Cost: one copy of the state; each step, the state of torch's random number generators.
     """
 
     def __init__(self, training: Training) -> None:
@@ -65,7 +65,7 @@ class Recording:
         Raises:
             WindowError: the loss does not depend on the weights.
         """
-        randomness = RandomState()
+        randomness = TorchRandomState()
         loss = step.evaluate()
         grads = gradients(loss, self.training.slots.params)
         step.make(grads)
