@@ -159,7 +159,7 @@ class HyperOptimizer(OptimizerWrapper):
 
     # One training step.
 
-    def step(self, loss: Any = None, *, closure: Any = None) -> Any:
+    def step(self, loss: Any = None, *, closure: Any = None) -> Any:  # type: ignore[override]
         """Make one training step, and an outer update when one is due.
 
         Args:
