@@ -18,7 +18,7 @@ RANKS = [
     {"constraints"},
     {"hyperparameters", "state", "wrapper"},
     {"dynamics", "validation"},
-    {"transition", "double_backward"},
+    {"transition", "double_backward", "dual_numbers"},
     {"param_groups"},
     {"hypergradients", "outer", "safeguards", "monitor"},
     {"arguments", "checkpoint"},

@@ -3,6 +3,7 @@
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .evolution import Evolution
 from .finite_differences import FiniteDifferences
+from .first_order import FirstOrder
 from .forward import Forward
 from .one_step import OneStep
 from .replay import Replay
@@ -13,6 +14,7 @@ __all__ = [
     "Engine",
     "Evolution",
     "FiniteDifferences",
+    "FirstOrder",
     "Forward",
     "OneStep",
     "OuterLoss",

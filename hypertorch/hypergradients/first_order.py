@@ -1,0 +1,242 @@
+"""The window without its Hessian terms: z_t = ∂Φ/∂s · z_{t-1} + ∂Φ/∂λ, dE/dλ = ∂_w E · z_K + ∂_λ E.
+
+The gradients g_t of the inner loss count as constants; everything else of Φ is differentiated.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from ..double_backward import TwiceDifferentiable
+from ..dual_numbers import NoRule, dual
+from ..errors import ArgumentError, UnsupportedError
+from ..state import State
+from .engine import (
+    Carried,
+    Engine,
+    LiveWindow,
+    OuterLoss,
+    Training,
+    TrainingStep,
+    outer_gradient,
+)
+from .pointwise import PointwiseTangents
+
+
+class FirstOrder(Engine):
+    """Estimate of a window's hypergradient without second derivatives, from `.grad` alone.
+
+        z_t = ∂Φ/∂s · z_{t-1} + ∂Φ/∂λ,   z_0 = 0,   dE/dλ = ∂_w E(w_K) · z_K + ∂_λ E
+
+    with the gradients g_t of the inner loss taken as constants: what is dropped is ∂g_t/∂w · z, the
+    Hessian's part. It learns from `.grad`, so that a training loop stays as it is,
+    `zero_grad(); loss.backward(); optimizer.step()`, and gradient accumulation, clipping, scaled
+    gradients, compiled models and trainers that own the loop work as they are.
+
+    Exact for a window of one step, and where the inner loss is linear in the weights. Elsewhere an
+    estimate: a factor 1 − η H is missing from each step that follows, so that the error grows like
+    η ‖H‖ K while that is small, and momentum μ counts for 1 / (1 − μ) times as much. On digits (a
+    ReLU network; one η and one λ per tensor) its cosine with the exact hypergradient is above 0.999
+    up to K = 20 while η stays clear of the edge of stability. At the edge, where η ‖H‖ nears
+    2 (1 + μ), that of λ stays there, but that of η falls, and its sign turns from K = 5 or 20 on:
+    what an oscillation overshoots by, it takes for progress. The example shows how to look.
+
+    **Averaged weights.** With `average` = β the outer loss is taken at exponentially averaged
+    weights, against their own tangent, averaged alike:
+
+        w̄_t = w̄_{t-1} + a_t (w_t − w̄_{t-1}),   a_t = (1 − β) / (1 − βᵗ),   dE/dλ = ∂_w E(w̄_K) · z̄_K
+
+    w̄ remembers about 1 / (1 − β) steps. Where windows follow each other (`window` equals
+    `update_every`) w̄ and t go on from one to the next; z̄ starts at zero in each, as z does, since
+    the weights and averages that a window starts from count as constants. Elsewhere an engine does
+    not see the steps in between, and the average is over the window's own weights. It starts afresh
+    after a rollback. Module buffers (BatchNorm's statistics) stay those of the last weights.
+
+    Args:
+        average: β, at least 0 and below 1; `None` takes E at the last weights.
+
+    Raises:
+        ArgumentError: `average` is out of its range.
+
+    Cost: one outer gradient per window, and in each of its steps, for each learned setting, vector
+    operations as for one or two steps of the optimizer, be it one number or one for each weight.
+    They weigh where weights are many and batches small: there, keep the window short. Memory, for
+    each setting and however long the window: a tangent of the weights and of each buffer that it
+    acts on; with averages, one more, and w̄.
+
+    Example:
+        >>> from functools import partial
+        >>> from hypertorch import HyperOptimizer, Unroll, hypergradient
+        >>> model, x, y = torch.nn.Linear(3, 1), torch.ones(4, 3), torch.ones(4, 1)
+        >>> def loss():
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=0.1)
+        >>> optimizer = HyperOptimizer(sgd, model, outer=None, learn={"lr": "tensor"})
+        >>> found = [
+        ...     hypergradient(optimizer, [loss] * 5, loss, engine)["lr"]
+        ...     for engine in (FirstOrder(), Unroll())
+        ... ]
+        >>> bool(torch.cosine_similarity(*found, dim=0) > 0.99)
+        True
+
+    References:
+        Sharifnassab et al. 2024 (MetaOptimize) drop the Hessian in the same way, for the step size
+        and the training loss, in a trace that decays; with K = 1 and that loss it is Baydin et al.
+        2018. For averaged weights see Polyak and Juditsky 1992.
+    """
+
+    needs = "gradients"
+    differentiates_twice = False
+
+    def __init__(self, average: float | None = None) -> None:
+        if average is not None and not 0 <= average < 1:
+            raise ArgumentError(
+                f"`average` of FirstOrder must be at least 0 and below 1. Got {average!r}. "
+                "0.95 remembers about twenty steps; None takes the last weights."
+            )
+        self.average = average
+
+    def check(self, training: Training) -> None:
+        """Refuse hyperparameters of the loss, and a Φ that mixes weights.
+
+        Raises:
+            UnsupportedError: names it, and engines that can.
+        """
+        for name in training.in_loss:
+            raise UnsupportedError(
+                f"`FirstOrder` cannot learn `{name}`: it is in the loss, and acts on the weights "
+                "through a second derivative. Use `OneStep`, `Unroll` or `Replay`."
+            )
+        try:
+            _check_pointwise(training)
+        except NoRule as operation:
+            raise UnsupportedError(
+                f"`FirstOrder` cannot differentiate {type(training.optimizer).__name__}: "
+                f"its Φ uses `{operation}`, which is not pointwise. Use `OneStep`, `Unroll` or "
+                "`Replay`."
+            ) from operation
+
+    def open(self, training: Training, carried: Carried | None = None) -> "FirstOrderWindow":
+        """Start at z = 0."""
+        return FirstOrderWindow(training, self.average, carried)
+
+    def cost(self, horizon: int, training: Training) -> float:
+        """Return K + 1: the outer gradient is all that is added."""
+        return horizon + 1
+
+    def __repr__(self) -> str:
+        return f"FirstOrder(average={self.average})"
+
+
+def _check_pointwise(training: Training) -> None:
+    """Carry tangents through two steps of Φ for two weights, in each param group."""
+    with torch.no_grad():
+        for live in training.optimizer.param_groups:
+            values = {name: h.value.detach().mean().cpu() for name, h in training.settings.items()}
+            group = {**live, **{name: dual(value, {name: 1.0}) for name, value in values.items()}}
+            weights, buffers = torch.tensor([0.5, 1.0]), dict[str, Tensor]()
+            for _ in range(2):
+                gradient = torch.tensor([1.0, -2.0])
+                weights, buffers = training.dynamics.step(weights, gradient, buffers, group, 0)
+
+
+class FirstOrderWindow(LiveWindow):
+    """Live steps, and z at the last of them.
+
+    Args:
+        training: what is trained and learned.
+        decay: β of the averages, or `None`.
+        carried: what the window before returned.
+    """
+
+    def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
+        super().__init__(training)
+        self._tangents = PointwiseTangents(training.settings)
+        self._average: Average | None = None
+        if decay is not None:
+            self._average = Average(decay, self.params, carried)
+
+    def step(self, step: TrainingStep) -> None:
+        """Carry z through Φ_t, then make the step."""
+        state = State.of(self.training.optimizer)
+        self._tangents.push(step.transition, state, [p.grad for p in state.params])
+        step.make(None)
+        if self._average is not None:
+            self._tangents.average(self._average.update(state.params))
+
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E, at the last weights or at the averaged ones, and the estimate of dE/dλ.
+
+        Raises:
+            WindowError: E does not depend on the weights.
+        """
+        values = self.training.values()
+        with self._weights() as params:
+            loss = outer_loss()
+            gradient, direct = outer_gradient(loss, params, values)
+        part = "param" if self._average is None else "average"
+        along = self._tangents.along(gradient, part)
+        return loss.detach(), {name: direct[name] + along[name] for name in direct}
+
+    @contextmanager
+    def _weights(self) -> Iterator[Sequence[Tensor]]:
+        """Yield the weights that E is taken at, which the model holds meanwhile."""
+        slots = self.training.slots
+        if self._average is None:
+            yield self.params
+            return
+        with TwiceDifferentiable(slots.model).held():  # compiled for its own Parameters alone
+            try:
+                yield slots.fill(self._average.leaves(self.params))
+            finally:
+                slots.fill(slots.params)
+
+    def close(self) -> Carried | None:
+        """Return w̄ and t, where the next window begins at the same weights."""
+        if self._average is None or not self.training.is_contiguous:
+            return None
+        return self._average.carried()
+
+
+class Average:
+    """w̄_t = w̄_{t-1} + a_t (w_t − w̄_{t-1}), a_t = (1 − β) / (1 − βᵗ).
+
+    Args:
+        decay: β.
+        params: the weights, whose values do not count yet.
+        carried: the average to go on from.
+    """
+
+    def __init__(self, decay: float, params: Sequence[Tensor], carried: Carried | None) -> None:
+        self.decay, self.count = decay, 0
+        self.params = [p.detach().to(_wide(p), copy=True) for p in params]
+        if carried is not None:
+            self.count = carried["count"]
+            self.params = [
+                w.to(p.device, copy=True) for w, p in zip(carried["average"], params, strict=True)
+            ]
+
+    @torch.no_grad()
+    def update(self, params: Sequence[Tensor]) -> float:
+        """Take in w_t; return a_t."""
+        self.count += 1
+        rate = (1 - self.decay) / (1 - self.decay**self.count)
+        torch._foreach_lerp_(self.params, [p.to(_wide(p)) for p in params], rate)
+        return rate
+
+    def leaves(self, params: Sequence[Tensor]) -> list[Tensor]:
+        """Return w̄ to be differentiated in, and the weights themselves where they do not train."""
+        pairs = zip(self.params, params, strict=True)
+        return [
+            w.to(p.dtype, copy=True).requires_grad_() if p.requires_grad else p for w, p in pairs
+        ]
+
+    def carried(self) -> Carried:
+        """Return what the next window needs."""
+        return {"average": self.params, "count": self.count}
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
