@@ -4,10 +4,11 @@ A_t = ∂Φ_t/∂s_{t-1} and B_t = ∂Φ_t/∂λ are never formed: only A z + B 
 loss's gradient is part of Φ_t, so that each product contains one Hessian-vector product.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -123,6 +124,7 @@ class Linearised:
         """Return Φ_t at the same weights and gradients, from other buffers."""
         other = copy(self)
         other.state = State(self.state.params, buffers)
+        other.__dict__.pop("_push", None)
         return other
 
     def vjp(self, following: State, adjoint: Parts) -> tuple[Parts, dict[str, Tensor]]:
@@ -151,20 +153,18 @@ class Linearised:
     def jvp(self, tangent: Parts, direction: Mapping[str, Tensor]) -> Parts:
         """Return A_t z + B_t e, over the parts of s_t.
 
+        The gradient's own tangent, H z + ∂_λ∇L e, is a gradient of ∇L again, since the Hessian of L
+        in (w, λ) is symmetric: no forward mode of the model is needed.
+
         Args:
             tangent: z, over the parts of s_{t-1}; a missing one is zero.
             direction: e, by hyperparameter; a missing one is zero.
         """
-        return self.jvps([(tangent, direction)])[0]
+        return self._push(tangent, self._tangent_of_gradient(tangent, direction), direction)
 
-    def jvps(self, columns: Iterable[tuple[Parts, Mapping[str, Tensor]]]) -> list[Parts]:
-        """Return A_t z + B_t e for several (z, e), which share what does not depend on them.
-
-        The gradient's own tangent, H z + ∂_λ∇L e, is a gradient of ∇L again, since the Hessian of L
-        in (w, λ) is symmetric: no forward mode of the model is needed.
-        """
-        push = PushForward(self.transition, self.state, self.grads, self.hyperparameters)
-        return [push(z, self._tangent_of_gradient(z, e), e) for z, e in columns]
+    @cached_property
+    def _push(self) -> "PushForward":
+        return PushForward(self.transition, self.state, self.grads, self.hyperparameters)
 
     def _tangent_of_gradient(
         self, tangent: Parts, direction: Mapping[str, Tensor]

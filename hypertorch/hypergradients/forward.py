@@ -147,16 +147,14 @@ class ForwardWindow(LiveWindow):
         linearised = Linearised(step.transition, state, loss, training.hyperparameters)
         grads = [None if g is None else g.detach() for g in linearised.grads]
         step.check(grads)
-        columns = (
-            (self._decayed(z), {name: e})
-            for name, tangents in self.tangents.items()
-            for z, e in zip(tangents, _unit_vectors(training.hyperparameters[name]()), strict=True)
-        )
-        following = iter(linearised.jvps(columns))
-        self.tangents = {
-            name: [next(following) for _ in tangents] for name, tangents in self.tangents.items()
-        }
+        self.tangents = {name: self._carried_over(linearised, name) for name in self.tangents}
         step.make(grads)
+
+    def _carried_over(self, linearised: Linearised, name: str) -> list[Parts]:
+        """Return Z_t of one hyperparameter."""
+        units = _unit_vectors(self.training.hyperparameters[name]())
+        pairs = zip(self.tangents[name], units, strict=True)
+        return [linearised.jvp(self._decayed(z), {name: e}) for z, e in pairs]
 
     def _decayed(self, tangent: Parts) -> Parts:
         """Return γ z; nothing at all for γ = 0, even of a tangent that has become infinite."""
