@@ -5,6 +5,7 @@ from .evolution import Evolution
 from .finite_differences import FiniteDifferences
 from .first_order import FirstOrder
 from .forward import Forward
+from .implicit import Implicit
 from .one_step import OneStep
 from .replay import Replay
 from .unroll import Unroll
@@ -16,6 +17,7 @@ __all__ = [
     "FiniteDifferences",
     "FirstOrder",
     "Forward",
+    "Implicit",
     "OneStep",
     "OuterLoss",
     "Replay",
