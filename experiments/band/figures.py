@@ -25,7 +25,7 @@ DPI = 120
 BELOW, ABOVE = 10.0, 1.0  # points around the grid's best that the colours of a heat map span
 OWN = ["#d55e00", "#b2182b", "#f4a582", "#e7298a"]
 OTHERS = ["#0072b2", "#56b4e9", "#332288", "#117733", "#999933", "#44aa99", "#6a3d9a", "#a6761d"]
-MARKERS = "osD^v<>Pp*Xhd8"
+MARKERS = "osD^v<>Pp*XhdH8123"
 
 
 def heat_maps(comparison: Comparison, path: Path) -> None:

@@ -291,12 +291,16 @@ def summary_text(lines: Sequence[Line]) -> str:
             text += ["", f"{line.task}, {line.base}: grid's best {line.grid:.2f} %", head]
         text.append(
             f"{line.method:22}{line.median:7.1f}{line.worst:7.1f}"
-            f"{line.median_difference:9.2f} ± {line.median_difference_spread:4.2f}"
-            f"{line.worst_difference:8.2f} ± {line.worst_difference_spread:4.2f}"
+            f"{line.median_difference:9.2f} {_plus_minus(line.median_difference_spread)}"
+            f"{line.worst_difference:8.2f} {_plus_minus(line.worst_difference_spread)}"
             f"{_decades(line.decades_lr_half_point):>14}{_decades(line.decades_lr_one_point):>5}"
             f"{line.cost_counted:7.2f}{line.cost_wall:7.2f}{line.diverged:10d}"
         )
     return "\n".join(text)
+
+
+def _plus_minus(spread: float) -> str:
+    return " " * 6 if math.isnan(spread) else f"± {spread:4.2f}"
 
 
 def _decades(width: float) -> str:

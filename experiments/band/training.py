@@ -53,10 +53,11 @@ class Loop:
     def __init__(self, problem: Problem, run: Run) -> None:
         self.problem, self.key = problem, run
         model = problem.model().train()
+        started = time.perf_counter()  # some methods train before the first step
         self.trainee: Trainee = METHODS[run.method].build(model, problem, run)
+        self.seconds, self.step = time.perf_counter() - started, 0
         self.checkpoints = Checkpoints(problem.task.validation)
         self.clock = PlainClock(problem, run.base)
-        self.seconds, self.step = 0.0, 0
         self.is_finite = True
 
     def run(self) -> None:

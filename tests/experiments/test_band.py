@@ -13,9 +13,11 @@ from experiments.band.config import load_band, load_tasks
 from experiments.band.many import train_many
 from experiments.band.methods import METHODS
 from experiments.band.optimal_decay import DECAYS, optimal_decay, validation_loss
+from experiments.band.packages import package
 from experiments.band.plan import Plan, Setting
 from experiments.band.problems import Problem
 from experiments.band.rows import Row, Run, fingerprint
+from experiments.band.search import tpe
 from experiments.band.summary import Group
 from experiments.band.table import Table
 from experiments.band.training import train
@@ -237,3 +239,53 @@ def test_the_optimal_decay_belongs_to_torch_weight_decay():
     loss = torch.nn.functional.cross_entropy(model(held_out.x), held_out.y).item()
     assert validation_loss(problem, 0.03) == pytest.approx(loss, rel=1e-7)
     assert optimal_decay(problem) in DECAYS
+
+
+RIVALS = {
+    "prodigy": "prodigyopt",
+    "d-adaptation": "dadaptation",
+    "dog": "dog",
+    "l-dog": "dog",
+    "schedule-free": "schedulefree",
+    "mechanic": "mechanic_pytorch",
+}
+
+
+ON_A_BASE = [
+    (name, base)
+    for name in RIVALS
+    for base in ("sgd", "adamw")
+    if METHODS[name].own_base in (None, base)
+]
+
+
+@pytest.mark.parametrize(("method", "base"), ON_A_BASE)
+def test_a_rival_from_its_package_learns_on_a_network_with_batch_norm(method, base):
+    pytest.importorskip(RIVALS[method], reason="comes with the extra `band`")
+    sizes = [setting for setting in DIGITS[1:] if "hidden" not in setting]
+    cnn = ["task=fashion_cnn", "task/data=digits_schema", "task.model.channels=[4]"]
+    tasks = load_tasks([*cnn, *sizes, "task.epochs=20"])
+    problem = Problem(tasks["fashion_cnn"], seed=0)
+    run = Run("digits_noisy", "", 0, base, method, "constant", 0.1, 1e-4)
+    row = train(problem, run)
+    assert not row.error and not row.diverged
+    assert row.validation_loss < row.history[0][1]
+    assert math.isfinite(row.final_lr) and row.cost_steps == row.steps
+
+
+def test_a_missing_package_is_named_with_what_to_install():
+    with pytest.raises(ConfigError, match=r"`no_such_package` is missing.*'.\[band\]'"):
+        package("no_such_package")
+
+
+def test_a_study_of_tpe_is_replayed_from_its_rows(tmp_path):
+    pytest.importorskip("optuna", reason="comes with the extra `band`")
+    plan, table = tiny_plan("tier.size.tpe=13", "methods=[fixed]"), Table(tmp_path / "rows.jsonl")
+    do_all(plan, table, workers=1, progress=False)
+    rows = tpe(plan, at(), table.rows.get)  # from the file's rows alone
+    assert len(rows) == 13 and len({row.run for row in rows}) == 13
+    known = set(plan.known(at()))
+    assert {row.run for row in rows} <= set(table.rows) - known
+    lost = rows[11].run  # past the ten random trials, where the outcomes decide what is proposed
+    del table.rows[lost]
+    assert tpe(plan, at(), table.rows.get) == rows[:11]
