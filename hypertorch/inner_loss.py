@@ -39,8 +39,8 @@ class InnerLoss:
             check_loss(given, "The inner loss")
 
     def evaluate(self) -> None:
-        """Call the closure, if the loss is not known yet, and see whether it calls backward."""
-        if self.closure is None or self.loss is not None:
+        """Call the closure, unless it has been, and see whether it calls backward."""
+        if self.closure is None or self.loss is not None or self.has_gradients:
             return
         seen: list[Tensor] = []
         trainable = [p for p in self.params if p.requires_grad]
