@@ -9,23 +9,17 @@ import argparse
 import json
 import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
 
-import higher
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
-import hypertorch
-from experiments.models import MLP, SmallCNN
-
-IMAGE, CLASSES, BATCH = (1, 28, 28), 10, 128
-NEVER = 10**9  # an `update_every` beyond any run: after the first window there is no other
-SETTINGS: dict[str, float] = {"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-3}
-Action = Callable[[], None]
+from experiments.overhead_engines import Plan, Point, save, sparse_ratio, targets
+from experiments.overhead_engines import measure as measure_engines
+from experiments.overhead_engines import table as engines_table
+from experiments.overhead_setups import MODELS, Bench, repeated, timings
 
 
 class Line(NamedTuple):
@@ -36,140 +30,6 @@ class Line(NamedTuple):
     ours_ms: float
     reference_ms: float
     ratio: float
-
-
-class Bench:
-    """One training set-up, timed on a single batch that stays on the device.
-
-    Args:
-        make_model: builds the model.
-        device: where it runs.
-    """
-
-    def __init__(self, make_model: Callable[[], nn.Module], device: torch.device) -> None:
-        torch.manual_seed(0)
-        self.make_model, self.device = make_model, device
-        self.x = torch.randn(BATCH, *IMAGE, device=device)
-        self.y = torch.randint(CLASSES, (BATCH,), device=device)
-
-    def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.SGD]:
-        """A fresh model, and SGD with a warm momentum buffer."""
-        torch.manual_seed(1)
-        model = self.make_model().to(self.device)
-        optimizer = torch.optim.SGD(model.parameters(), **SETTINGS)  # type: ignore[arg-type]
-        self.loss(model).backward()
-        optimizer.step()
-        return model, optimizer
-
-    def loss(self, model: nn.Module) -> Tensor:
-        """Inner and outer loss alike: the cost is the same."""
-        return cross_entropy(model(self.x), self.y)
-
-    def wrapped(self, window: int, update_every: int) -> tuple[nn.Module, Any]:
-        """A fresh model, and a `HyperOptimizer` with its default engine and rule."""
-        model, optimizer = self.model_and_optimizer()
-        outer_loss = hypertorch.ValidationLoss(model, cross_entropy, [(self.x, self.y)])
-        return model, hypertorch.HyperOptimizer(
-            optimizer, model, outer_loss, window=window, update_every=update_every
-        )
-
-    def plain_step(self) -> Action:
-        """One step with the bare optimizer."""
-        model, optimizer = self.model_and_optimizer()
-
-        def step() -> None:
-            loss = self.loss(model)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-
-        return step
-
-    def wrapped_step(self) -> Action:
-        """One step with a learning `HyperOptimizer`, outside windows."""
-        model, optimizer = self.wrapped(window=1, update_every=NEVER)
-        optimizer.step(self.loss(model))  # the only window
-        return lambda: optimizer.step(self.loss(model))
-
-    def wrapped_window(self, horizon: int) -> Action:
-        """`horizon` steps, their hypergradients of lr and weight decay, and the outer update."""
-        model, optimizer = self.wrapped(window=horizon, update_every=horizon)
-
-        def window() -> None:
-            for _ in range(horizon):
-                optimizer.step(self.loss(model))
-
-        return window
-
-    def window_by_hand(self, horizon: int) -> Action:
-        """The same steps and hypergradients by `higher` alone, with its own SGD."""
-        model, optimizer = self.model_and_optimizer()
-        learned = [
-            torch.tensor(SETTINGS[name], device=self.device, requires_grad=True)
-            for name in ("lr", "weight_decay")
-        ]
-        override = {"lr": [learned[0]], "weight_decay": [learned[1]]}
-
-        def window() -> None:
-            # `higher.innerloop_ctx`, spelt out: that would pick the Φ that hypertorch registers.
-            fast = higher.monkeypatch(model, self.device)
-            unrolled = higher.optim.DifferentiableSGD(
-                optimizer, model.parameters(), fmodel=fast, override=override
-            )
-            for _ in range(horizon):
-                unrolled.step(self.loss(fast))
-            fast.eval()
-            torch.autograd.grad(self.loss(fast), learned)
-            fast.train()
-
-        return window
-
-
-def timings(
-    actions: Mapping[Any, Action], rounds: int, device: torch.device
-) -> dict[Any, list[float]]:
-    """The times of each action in milliseconds, all taken in turns.
-
-    Args:
-        actions: by name.
-        rounds: how often each is timed.
-        device: waited for before the clock is read.
-
-    Returns:
-        `rounds` times in milliseconds by name; equal places were measured next to each other.
-    """
-    times: dict[Any, list[float]] = {name: [] for name in actions}
-    for name in _turns(list(actions), rounds):
-        times[name].append(1e3 * _time(actions[name], device))
-    return times
-
-
-def _turns(names: list[Any], rounds: int) -> list[Any]:
-    """Every name once per round, in an order that is turned by one place each time."""
-    return [
-        name for i in range(rounds) for name in names[i % len(names) :] + names[: i % len(names)]
-    ]
-
-
-def _time(action: Action, device: torch.device) -> float:
-    _synchronize(device)
-    started = time.perf_counter()
-    action()
-    _synchronize(device)
-    return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _repeated(action: Action, times: int) -> Action:
-    def repeated() -> None:
-        for _ in range(times):
-            action()
-
-    return repeated
 
 
 def measure(
@@ -190,10 +50,10 @@ def measure(
     """
     windows = {("ours", k): bench.wrapped_window(k) for k in horizons}
     windows |= {("higher", k): bench.window_by_hand(k) for k in horizons}
-    steps = {"bare": _repeated(bench.plain_step(), block)}
-    steps["ours"] = _repeated(bench.wrapped_step(), block)
+    steps = {"bare": repeated(bench.plain_step(), block)}
+    steps["ours"] = repeated(bench.wrapped_step(), block)
     for action in [*steps.values(), *windows.values()]:
-        _repeated(action, warm_up)()
+        repeated(action, warm_up)()
     times = timings(steps, 4 * rounds, bench.device)
     ours, bare = ([ms / block for ms in times[who]] for who in ("ours", "bare"))
     lines = [_line(name, "step outside windows / bare step", ours, bare)]
@@ -244,21 +104,44 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--horizons", type=int, nargs="+", default=[5, 10])
     parser.add_argument("--block", type=int, default=10, help="steps timed together")
     parser.add_argument("--warm-up", type=int, default=5)
+    parser.add_argument("--engines", action="store_true", help="every engine, against K")
+    parser.add_argument("--seconds", type=float, default=3.0, help="per point, with --engines")
+    parser.add_argument("--longest", type=int, default=1024, help="K, with --engines")
+    parser.add_argument("--folder", type=Path, default=Path("runs/overhead"))
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    models: dict[str, Callable[[], nn.Module]] = {
-        "MLP": lambda: MLP(IMAGE, CLASSES, [256]),
-        "CNN": lambda: SmallCNN(IMAGE, CLASSES, [8, 16]),
-    }
+    if options.engines:
+        return _engines(options, device)
     lines: list[Line] = []
-    for name, make_model in tqdm(models.items(), unit="model", disable=not sys.stderr.isatty()):
+    for name, make_model in tqdm(MODELS.items(), unit="model", disable=not sys.stderr.isatty()):
         bench = Bench(make_model, device)
         lines += measure(
             name, bench, options.horizons, options.rounds, options.block, options.warm_up
         )
     print(table(lines))
     print(as_json(lines, device))
+    return 0
+
+
+def _engines(options: argparse.Namespace, device: torch.device) -> int:
+    """Measure every engine, save the table and its plot, and end with one line of JSON."""
+    horizons = [k for k in Plan().horizons if k <= options.longest]
+    plan = Plan(horizons=horizons, seconds=options.seconds)
+    points: list[Point] = []
+    found: dict[str, float] = {}
+    for name, make_model in MODELS.items():
+        bench = Bench(make_model, device)
+        with tqdm(desc=name, unit="point", disable=not sys.stderr.isatty()) as progress:
+            for point in measure_engines(name, bench, plan):
+                points.append(point)
+                progress.update()
+        found[f"{name}: FirstOrder, one update in 20 steps"] = sparse_ratio(bench)
+    save(points, options.folder)
+    print(engines_table(points))
+    print(f"Table and plot are in {options.folder}.")
+    found |= targets(points)
+    print(json.dumps({"device": device.type, **{k: round(v, 4) for k, v in found.items()}}))
     return 0
 
 

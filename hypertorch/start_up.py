@@ -49,6 +49,7 @@ def search_lr(
     the right η. It is counted in `optimizer.cost`.
 
     Example:
+        >>> import torch
         >>> from functools import partial
         >>> model = torch.nn.Linear(3, 1)
         >>> x, y = torch.ones(4, 3), torch.ones(4, 1)

@@ -27,18 +27,7 @@ class _Axpy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, a: Tensor, x: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(a, x)
-        ctx.save_for_forward(a, x)
         return torch.addcmul(y, x, a)
-
-    @staticmethod
-    def jvp(
-        ctx: Any, of_a: Tensor | None, of_x: Tensor | None, of_y: Tensor | None
-    ) -> Tensor | None:
-        a, x = ctx.saved_tensors
-        terms = [of_y] if of_y is not None else []
-        terms += [of_a * x] if of_a is not None else []
-        terms += [a * of_x] if of_x is not None else []
-        return sum(terms[1:], start=terms[0]) if terms else None
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:

@@ -33,6 +33,7 @@ class FiniteDifferences(Engine):
 
     needs = "closure"
     differentiates_twice = False
+    differentiates_outer_loss = False
 
     def __init__(self, step: float = 1e-6, entries: int | None = None) -> None:
         if not step > 0:

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from experiments import demo, overhead
+from experiments import demo, overhead, overhead_engines
 from experiments.figures import demo_figure
 
 TINY = ["run.epochs=2", "run.batch_size=10", "task.train_size=100", "model.channels=[2]"]
@@ -81,3 +81,26 @@ def test_the_benchmark_ends_with_its_line_of_json(capsys):
             )
         ),
     }
+
+
+@pytest.mark.usefixtures("threads")
+def test_the_benchmark_of_every_engine_writes_its_table_and_plot(tmp_path, monkeypatch, capsys):
+    small = overhead_engines.Plan(horizons=(1, 4), counts=(1, 50), count_horizon=2, seconds=0.0)
+    monkeypatch.setattr(overhead, "MODELS", {"MLP": overhead.MODELS["MLP"]})
+    monkeypatch.setattr(overhead, "Plan", lambda **_: small)
+    monkeypatch.setattr(overhead, "sparse_ratio", lambda bench: 1.0)
+    assert overhead.main(["--engines", "--folder", str(tmp_path)]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {"MLP: Replay / Unroll at K = 4", "MLP: 50 numbers / 1"} <= set(found)
+    rows = (tmp_path / "engines.csv").read_text().splitlines()
+    engines = {row.split(",")[1] for row in rows[1:] if row.count(",") == 6}
+    assert engines >= {"Unroll", "Replay", "Forward", "FirstOrder", "higher"}
+    assert (tmp_path / "engines.png").stat().st_size > 10_000
+
+
+def test_memory_is_counted_while_it_lives():
+    with overhead_engines.PeakMemory() as memory:
+        first = torch.zeros(1000)
+        del first
+        second = torch.ones(500) + torch.ones(500)
+    assert memory.peak == 3 * 500 * 4 and second.sum() == 1000
