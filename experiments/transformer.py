@@ -74,5 +74,6 @@ class Block(nn.Module):
     def _attention(self, x: Tensor) -> Tensor:
         n, context, width = x.shape
         parts = self.query_key_value(x).view(n, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        mixed = scaled_dot_product_attention(*parts.unbind(0), is_causal=True)
+        query, key, value = parts.unbind(0)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
         return mixed.transpose(1, 2).reshape(n, context, width)

@@ -8,10 +8,12 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
 from .errors import ArgumentError, HypertorchWarning
 from .functional import as_it_was
+from .hypergradients import OuterLoss
 from .hypergradients.recording import gradients
 from .hyperparameters import Setting
 from .inner_loss import checked, one_batch
@@ -24,7 +26,9 @@ COARSE, FINE = 10.0, math.sqrt(10.0)
 
 
 def search_lr(
-    optimizer: HyperOptimizer, inner_losses: Sequence[Callable[[], Tensor]]
+    optimizer: HyperOptimizer,
+    inner_losses: Sequence[Callable[[], Tensor]],
+    outer_loss: OuterLoss | None = None,
 ) -> dict[float, float]:
     """Let the learned η start where a few training steps lower the outer loss most.
 
@@ -35,8 +39,9 @@ def search_lr(
     batch for all trials, so that a large one (some 500 examples) is worth its price.
 
     Args:
-        optimizer: learns `lr`; its `outer_loss` is E.
+        optimizer: learns `lr`.
         inner_losses: K closures, one per training step, as in `hypergradient`: about ten.
+        outer_loss: E of the trials; default: the optimizer's own.
 
     Returns:
         E by the η tried (the first group's), infinite where training diverged. The learned η is now
@@ -67,8 +72,10 @@ def search_lr(
     if not inner_losses:
         raise ArgumentError("`inner_losses` is empty. Pass about ten closures, one per step.")
     optimizer.close()
-    search = _Search(optimizer, lr, [checked(loss, "An inner loss") for loss in inner_losses])
-    with one_batch(loop.outer_loss):
+    outer_loss = outer_loss or loop.outer_loss
+    inner = [checked(loss, "An inner loss") for loss in inner_losses]
+    search = _Search(optimizer, lr, inner, checked(outer_loss, "The outer loss", has_graph=False))
+    with one_batch(outer_loss):
         best = search.run()
     lr.set(lr.value.detach() * best)
     lr.clamp_()
@@ -81,9 +88,13 @@ class _Search:
     """Trials by the factor that η is multiplied with."""
 
     def __init__(
-        self, optimizer: HyperOptimizer, lr: Setting, inner: list[Callable[[], Tensor]]
+        self,
+        optimizer: HyperOptimizer,
+        lr: Setting,
+        inner: list[Callable[[], Tensor]],
+        outer: OuterLoss,
     ) -> None:
-        self.optimizer, self.lr, self.inner = optimizer, lr, inner
+        self.optimizer, self.lr, self.inner, self.outer = optimizer, lr, inner, outer
         self.start = lr.value.detach().flatten()[0].item()
         self.found: dict[float, float] = {}
         self.cost = 0.0
@@ -146,8 +157,7 @@ class _Search:
             return self._outer_loss()
 
     def _outer_loss(self) -> float:
-        assert self.optimizer.outer_loss is not None
-        with leaving_no_trace(self.optimizer.model):
-            loss = self.optimizer.outer_loss().item()
+        with leaving_no_trace(self.optimizer.model), torch.no_grad():
+            loss = self.outer().item()
         self.cost += 0.5
         return loss if math.isfinite(loss) else math.inf
