@@ -6,8 +6,8 @@ on the same entry of the arguments alone.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,17 +38,24 @@ class Dual(Tensor):
                 return value
             if name not in _RULES:
                 raise NoRule(name)
-            along = {n for a in args if isinstance(a, Dual) for n in a.tangents}
-            found = {n: _RULES[name](_Along(n), value, *args, **kwargs) for n in along}
-            return dual(value, {n: z for n, z in found.items() if z is not None})
+            of_args = [a.tangents if isinstance(a, Dual) else _NONE for a in args]
+            found = {}
+            for direction in {n for tangents in of_args for n in tangents}:
+                z = [tangents.get(direction) for tangents in of_args]
+                found[direction] = _RULES[name](z, value, *args, **kwargs)
+            result = value.as_subclass(Dual)
+            result.tangents = {n: z for n, z in found.items() if z is not None}
+            return result
+
+
+_NONE: Tangents = {}
 
 
 def dual(value: Tensor, tangents: Mapping[str, Tangent]) -> Tensor:
     """Return x + Σ_j z_j ε_j, which is x itself where every z_j is zero."""
     if not tangents:
         return value
-    with torch._C.DisableTorchFunctionSubclass():
-        result = value.detach().as_subclass(Dual)
+    result = value.detach().as_subclass(Dual)
     result.tangents = dict(tangents)
     return result
 
@@ -58,20 +65,12 @@ def tangents_of(x: Any) -> Tangents:
     return x.tangents if isinstance(x, Dual) else {}
 
 
-class _Along:
-    """x ↦ z_j, for one j."""
+# The rules: the arguments' z, the value and the arguments of an operation, to the value's z.
 
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __call__(self, x: Any) -> Tangent | None:
-        return tangents_of(x).get(self.name)
+Z = Sequence[Any]
 
 
-# The rules: z, the value of the operation and its arguments, to the tangent of the value.
-
-
-def _plus(a: Tangent | None, b: Tangent | None, factor: float = 1) -> Tangent | None:
+def _plus(a: Any, b: Any, factor: float = 1) -> Any:
     """Return a + factor · b."""
     if a is None or b is None:
         return a if b is None else b * factor
@@ -80,79 +79,75 @@ def _plus(a: Tangent | None, b: Tangent | None, factor: float = 1) -> Tangent | 
     return a + b * factor
 
 
-def _plus_product(a: Tangent | None, x: Any, y: Any, factor: float = 1) -> Tangent | None:
+def _plus_product(a: Any, x: Any, y: Any, factor: float = 1) -> Any:
     """Return a + factor · x y, where a missing x or y is zero."""
     if x is None or y is None:
         return a
     if a is None:
-        return cast(Tangent, x * y if factor == 1 else x * y * factor)
+        return x * y if factor == 1 else x * y * factor
     if isinstance(a, Tensor) and isinstance(x, Tensor):
         if isinstance(y, Tensor):
             return torch.addcmul(a, x, y, value=factor)
         return torch.add(a, x, alpha=factor * y)
-    return cast(Tangent, a + x * y * factor)
+    return a + x * y * factor
 
 
-def _add(z: _Along, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Tangent | None:
-    return _plus(z(x), z(y), alpha)
+def _add(z: Z, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Any:
+    return _plus(z[0], z[1], alpha)
 
 
-def _subtract(z: _Along, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Tangent | None:
-    return _plus(z(x), z(y), -alpha)
+def _subtract(z: Z, out: Tensor, x: Any, y: Any, *, alpha: float = 1) -> Any:
+    return _plus(z[0], z[1], -alpha)
 
 
-def _multiply(z: _Along, out: Tensor, x: Any, y: Any) -> Tangent | None:
-    return _plus_product(_plus_product(None, z(x), y), x, z(y))
+def _multiply(z: Z, out: Tensor, x: Any, y: Any) -> Any:
+    return _plus_product(_plus_product(None, z[0], y), x, z[1])
 
 
-def _addcmul(z: _Along, out: Tensor, a: Any, x: Any, y: Any, *, value: float = 1) -> Any:
-    z_x, z_y = z(x), z(y)
-    is_short = z(a) is None and isinstance(z_x, Tensor) and isinstance(z_y, float) and value == 1
-    if is_short and z_y == 1:
-        return torch.addcmul(x, cast(Tensor, z_x), y)  # x + z_x y, in one operation
-    return _plus_product(_plus_product(z(a), z_x, y, value), x, z_y, value)
+def _addcmul(z: Z, out: Tensor, a: Any, x: Any, y: Any, *, value: float = 1) -> Any:
+    is_short = z[0] is None and isinstance(z[1], Tensor) and isinstance(z[2], float) and value == 1
+    if is_short and z[2] == 1:
+        return torch.addcmul(x, z[1], y)  # x + z_x y, in one operation
+    return _plus_product(_plus_product(z[0], z[1], y, value), x, z[2], value)
 
 
-def _divide(z: _Along, out: Tensor, x: Any, y: Any) -> Tangent | None:
-    return cast(Tangent, cast(Any, _plus_product(z(x), out, z(y), -1)) / y)  # (z_x − out z_y) / y
+def _divide(z: Z, out: Tensor, x: Any, y: Any) -> Any:
+    return _plus_product(z[0], out, z[1], -1) / y  # (z_x − out z_y) / y
 
 
-def _power(z: _Along, out: Tensor, x: Any, y: Any) -> Tangent | None:
-    along_x = None if z(x) is None else _plus_product(None, z(x), y * x ** (y - 1))
-    if z(y) is None:
+def _power(z: Z, out: Tensor, x: Any, y: Any) -> Any:
+    along_x = None if z[0] is None else _plus_product(None, z[0], y * x ** (y - 1))
+    if z[1] is None:
         return along_x
-    return _plus_product(along_x, z(y), out * (x.log() if isinstance(x, Tensor) else math.log(x)))
+    return _plus_product(along_x, z[1], out * (x.log() if isinstance(x, Tensor) else math.log(x)))
 
 
-def _maximum(z: _Along, out: Tensor, x: Any, y: Any) -> Tangent | None:
-    of_x, of_y = (0.0 if of is None else of for of in (z(x), z(y)))
+def _maximum(z: Z, out: Tensor, x: Any, y: Any) -> Any:
+    of_x, of_y = (0.0 if of is None else of for of in z)
     both = torch.where(x == y, (of_x + of_y) / 2, of_y)  # as torch has it
     return torch.where(x > y, of_x, both)
 
 
-def _where(z: _Along, out: Tensor, condition: Tensor, x: Any, y: Any) -> Tangent | None:
-    of_x, of_y = (0.0 if of is None else of for of in (z(x), z(y)))
+def _where(z: Z, out: Tensor, condition: Tensor, x: Any, y: Any) -> Any:
+    of_x, of_y = (0.0 if of is None else of for of in z[1:])
     return torch.where(condition, of_x, of_y)
 
 
-def _converted(z: _Along, out: Tensor, x: Any, *args: Any, **kwargs: Any) -> Tangent | None:
-    return x_z.to(out) if isinstance(x_z := z(x), Tensor) else x_z
+def _converted(z: Z, out: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return z[0].to(out) if isinstance(z[0], Tensor) else z[0]
 
 
-def _of_one(derivative: Callable[[Any, Tensor], Any]) -> Callable[..., Tangent | None]:
-    def rule(z: _Along, out: Tensor, x: Any) -> Tangent | None:
-        return cast(Tangent, cast(Any, z(x)) * derivative(x, out))
-
-    return rule
+def _of_one(derivative: Callable[[Any, Tensor], Any]) -> Callable[..., Any]:
+    return lambda z, out, x: z[0] * derivative(x, out)
 
 
-def _flipped(rule: Callable[..., Tangent | None]) -> Callable[..., Tangent | None]:
-    return lambda z, out, x, y: rule(z, out, y, x)
+def _flipped(rule: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda z, out, x, y: rule(z[::-1], out, y, x)
 
 
-def _named() -> dict[str, Callable[..., Tangent | None]]:
+def _named() -> dict[str, Callable[..., Any]]:
     """Return the rules under every name that torch has for an operation."""
-    rules: dict[str, Callable[..., Tangent | None]] = {
+    rules: dict[str, Callable[..., Any]] = {
         "addcmul": _addcmul,
         "maximum": _maximum,
         "where": _where,

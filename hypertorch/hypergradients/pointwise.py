@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,71 +19,88 @@ from ..hyperparameters import Setting
 from ..state import HOST_BUFFERS, State
 from ..transition import Gradients, Transition
 
-#: Entries that are laid end to end at most. On the host, copying more costs longer than calling Φ
-#: once more; elsewhere it is the memory of some ten vectors of that length that sets the limit.
-BLOCK = {"cpu": 2**16}
-BLOCK_ELSEWHERE = 2**22
+#: Entries that Φ is given at once, at most. On the host the ten or so vectors that it makes on its
+#: way are to stay in the cache; elsewhere it is their memory that sets the limit.
+LONGEST = {"cpu": 2**16}
+LONGEST_ELSEWHERE = 2**22
 
 #: z by part of the state ("param", a buffer's key), then by setting; what is missing is zero.
 PartTangents = dict[str, Tangents]
 
 
+class Piece(NamedTuple):
+    """The entries from `start` to `stop` of a tensor.
+
+    Attributes:
+        place: the tensor's position in the state.
+        number: its number in its param group.
+    """
+
+    place: int
+    number: int
+    start: int
+    stop: int
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return these entries, as a view where they lie in order."""
+        return tensor.detach().reshape(-1)[self.start : self.stop]
+
+
 @dataclass
 class Block:
-    """Tensors of one param group for which Φ is the same, laid end to end, and their z.
+    """Pieces of tensors for which Φ is the same, laid end to end, and their z.
 
     Attributes:
         group: their param group.
-        places: their positions in the state.
-        numbers: their numbers in the group.
-        sizes: how many entries each of them has.
+        pieces: what they are pieces of.
         tangents: z of all of them.
     """
 
     group: int
-    places: list[int] = field(default_factory=list)
-    numbers: list[int] = field(default_factory=list)
-    sizes: list[int] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     tangents: PartTangents = field(default_factory=dict)
 
-    def add(self, place: int, number: int, size: int) -> None:
-        """Take in one more tensor."""
-        self.places.append(place)
-        self.numbers.append(number)
-        self.sizes.append(size)
+    @property
+    def sizes(self) -> list[int]:
+        """How many entries each piece has."""
+        return [piece.stop - piece.start for piece in self.pieces]
 
     def joined(self, tensors: Sequence[Any]) -> Tensor:
-        """Return its tensors among all of the state's, end to end; a single one is not copied."""
-        flat = [tensors[i].detach().reshape(-1) for i in self.places]
-        vector = flat[0] if len(flat) == 1 else torch.cat(flat)
+        """Return its entries of the state's tensors, end to end; a single piece is not copied."""
+        parts = [piece.of(tensors[piece.place]) for piece in self.pieces]
+        vector = parts[0] if len(parts) == 1 else torch.cat(parts)
         return vector.to(torch.promote_types(vector.dtype, torch.float32))
 
     def spread(self, values: Any) -> Tensor:
         """Return a group's λ for its entries, from a number or one tensor per parameter."""
         if isinstance(values, Tensor):
             return values.detach()
-        own = [values[n].detach().reshape(-1) for n in self.numbers]
-        return torch.cat([v.expand(size) for v, size in zip(own, self.sizes, strict=True)])
+        own = [(piece, values[piece.number].detach()) for piece in self.pieces]
+        sizes = self.sizes
+        return torch.cat(
+            [
+                v.expand(size) if v.numel() == 1 else piece.of(v)
+                for (piece, v), size in zip(own, sizes, strict=True)
+            ]
+        )
 
-    def pieces(self, z: Any) -> Sequence[Any]:
-        """Return what belongs to each of its tensors."""
+    def split(self, z: Any) -> Sequence[Any]:
+        """Return what belongs to each piece."""
         is_vector = isinstance(z, Tensor) and z.dim() > 0
-        return z.split(self.sizes) if is_vector else [z] * len(self.sizes)
+        return z.split(self.sizes) if is_vector else [z] * len(self.pieces)
 
-    def alone(self) -> Iterator["Block"]:
-        """Yield a block for each of its tensors."""
-        for k, (place, number, size) in enumerate(
-            zip(self.places, self.numbers, self.sizes, strict=True)
-        ):
-            tangents = {
-                part: {name: self.pieces(z)[k] for name, z in zs.items()}
-                for part, zs in self.tangents.items()
-            }
-            yield Block(self.group, [place], [number], [size], tangents)
+    def tangents_of_each(self) -> Iterator[tuple[Piece, PartTangents]]:
+        """Yield z of each piece."""
+        apart: dict[Piece, PartTangents] = {piece: {} for piece in self.pieces}
+        for part, by_name in self.tangents.items():
+            for name, z in by_name.items():
+                for piece, own in zip(self.pieces, self.split(z), strict=True):
+                    apart[piece].setdefault(part, {})[name] = own
+        yield from apart.items()
 
-    def take(self, blocks: Mapping[int, "Block"], like: Tensor) -> None:
-        """Lay end to end the z of its tensors, from blocks of one tensor each, by position."""
-        known = [blocks[i].tangents if i in blocks else {} for i in self.places]
+    def take(self, apart: Mapping[Piece, PartTangents], params: Sequence[Tensor]) -> None:
+        """Lay z of its pieces end to end, as vectors like those of `params`."""
+        known, like = [apart.get(piece, {}) for piece in self.pieces], self.joined(params)
         names = {(part, name) for parts in known for part, zs in parts.items() for name in zs}
         for part, name in names:
             zs = [torch.as_tensor(k.get(part, {}).get(name, 0.0)).to(like) for k in known]
@@ -142,13 +159,14 @@ class PointwiseTangents:
 
     def _lay_out(self, layout: list[Block], state: State) -> None:
         """Let the blocks that move be those of `layout`, with the z that is there."""
-        if [b.places for b in layout] == [b.places for b in self._moving]:
+        if [b.pieces for b in layout] == [b.pieces for b in self._moving]:
             return
-        alone = {b.places[0]: b for block in self.blocks for b in block.alone()}
+        groups = {piece: block.group for block in self.blocks for piece in block.pieces}
+        apart = dict(each for block in self.blocks for each in block.tangents_of_each())
         for block in layout:
-            block.take(alone, block.joined(state.params))
-        moving = {i for block in layout for i in block.places}
-        self._moving, self._resting = layout, [b for i, b in alone.items() if i not in moving]
+            block.take({p: apart.pop(p) for p in block.pieces if p in apart}, state.params)
+        self._moving = layout
+        self._resting = [Block(groups[piece], [piece], z) for piece, z in apart.items()]
 
     @torch.no_grad()
     def average(self, rate: float) -> None:
@@ -168,29 +186,33 @@ class PointwiseTangents:
         """
         sums = {name: torch.zeros_like(h.value) for name, h in self.settings.items()}
         for block in self.blocks:
-            if all(gradient[i] is None for i in block.places):
+            if all(gradient[piece.place] is None for piece in block.pieces):
                 continue
+            alpha = _filled(gradient, block)
             for name, z in block.tangents.get(part, {}).items():
-                _add_products(sums[name], self.settings[name], block, _filled(gradient, block), z)
+                _add_products(sums[name], self.settings[name], block, alpha, z)
         return sums
 
 
 def _layout(transition: Transition, state: State, grads: Gradients) -> Iterator[Block]:
     """Yield what goes together: tensors with a gradient whose Φ has the same numbers."""
     growing: dict[Any, Block] = {}
-    place = 0
+    place = -1
     for g, group in enumerate(transition.groups):
         for number in range(len(group["params"])):
-            param, buffers = state.params[place], state.buffers[place]
-            if grads[place] is not None:
-                kind = (g, param.device, param.dtype, *_numbers(param, buffers))
+            place += 1
+            if grads[place] is None:
+                continue
+            param = state.params[place]
+            kind = (g, param.device, param.dtype, *_numbers(param, state.buffers[place]))
+            longest = LONGEST.get(param.device.type, LONGEST_ELSEWHERE)
+            for start in range(0, param.numel(), longest):
+                piece = Piece(place, number, start, min(start + longest, param.numel()))
                 block = growing.setdefault(kind, Block(g))
-                longest = BLOCK.get(param.device.type, BLOCK_ELSEWHERE)
-                if block.places and sum(block.sizes) + param.numel() > longest:
+                if sum(block.sizes) + piece.stop - start > longest:
                     yield block
                     block = growing[kind] = Block(g)
-                block.add(place, number, param.numel())
-            place += 1
+                block.pieces.append(piece)
     yield from growing.values()
 
 
@@ -213,7 +235,8 @@ def _is_number(key: str, value: Any, param: Tensor) -> bool:
 
 def _buffers(block: Block, state: State) -> dict[str, Any]:
     """Return the buffers of a block with their tangents."""
-    param, first = state.params[block.places[0]], state.buffers[block.places[0]]
+    place = block.pieces[0].place
+    param, first = state.params[place], state.buffers[place]
     found: dict[str, Any] = {}
     for key, value in first.items():
         if not _is_number(key, value, param):
@@ -225,11 +248,11 @@ def _buffers(block: Block, state: State) -> dict[str, Any]:
 
 def _filled(gradient: Gradients, block: Block) -> Tensor:
     """Return α over a block, zero where there is none."""
-    parts = [gradient[i] for i in block.places]
+    parts = [gradient[piece.place] for piece in block.pieces]
     like = next(part for part in parts if part is not None)
     flat = [
-        like.new_zeros(size) if part is None else part.reshape(-1)
-        for part, size in zip(parts, block.sizes, strict=True)
+        like.new_zeros(size) if part is None else piece.of(part)
+        for part, piece, size in zip(parts, block.pieces, block.sizes, strict=True)
     ]
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
@@ -243,9 +266,11 @@ def _add_products(total: Tensor, setting: Setting, block: Block, alpha: Tensor, 
     elif setting.granularity == "group":
         total[block.group] += torch.dot(alpha, z)
     else:
-        ends = list(accumulate(math.prod(shape) for group in setting.shapes for shape in group))
-        for place, piece in zip(block.places, (alpha * z).split(block.sizes), strict=True):
+        counts = [math.prod(shape) for group in setting.shapes for shape in group]
+        starts = list(accumulate(counts, initial=0))
+        for piece, product in zip(block.pieces, block.split(alpha * z), strict=True):
             if setting.granularity == "tensor":
-                total[place] += piece.sum()
+                total[piece.place] += product.sum()
             else:
-                total[ends[place] - len(piece) : ends[place]] += piece
+                start = starts[piece.place]
+                total[start + piece.start : start + piece.stop] += product
