@@ -15,6 +15,16 @@ from experiments.studies.study import report_study
 
 #: The overrides that make each study small enough for a test: a few seconds.
 TINY: dict[str, list[str]] = {
+    "hoag": [
+        "study.seeds=[0]",
+        "study.steps=3",
+        "study.evaluations=4",
+        "study.window=5",
+        "study.limit=0.3",
+        "study.points=3",
+        "study.root=nowhere",
+        "study.archives=nowhere",
+    ],
     "ridge": [
         "study.seeds=[0]",
         "study.points=11",
