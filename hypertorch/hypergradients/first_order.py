@@ -22,6 +22,7 @@ from .engine import (
     TrainingStep,
     outer_gradient,
 )
+from .linear_tangents import LinearTangents, is_linear
 from .pointwise import PointwiseTangents
 
 
@@ -60,11 +61,13 @@ class FirstOrder(Engine):
     Raises:
         ArgumentError: `average` is out of its range.
 
-    Cost: one outer gradient per window, and in each of its steps, for each learned setting, vector
-    operations as for one or two steps of the optimizer, be it one number or one for each weight.
-    They weigh where weights are many and batches small: there, keep the window short. Memory, for
-    each setting and however long the window: a tangent of the weights and of each buffer that it
-    acts on; with averages, one more, and w̄.
+    Cost: one outer gradient per window; its steps cost no gradient. With SGD (Φ is linear) and no
+    setting per element, a step costs a copy of its gradient, however many settings there are.
+    Elsewhere it costs, for each setting, vector operations as for one or two steps of the
+    optimizer, be it one number or one for each weight: they weigh where weights are many and
+    batches small, and a short window is cheap there. Memory, however long the window: with SGD its
+    gradients, up to 24 or to 256 MB; elsewhere, and from there on, for each setting a tangent of
+    the weights and of each buffer that it acts on. Averages add w̄, and z̄ for each setting.
 
     Example:
         >>> from functools import partial
@@ -130,6 +133,15 @@ class FirstOrder(Engine):
         return f"FirstOrder(average={self.average})"
 
 
+def _tangents(training: Training) -> PointwiseTangents | LinearTangents:
+    """Return z = 0, in coordinates where Φ allows them."""
+    settings, groups = training.settings, training.optimizer.param_groups
+    has_few = all(h.granularity != "element" for h in settings.values())
+    if has_few and all(is_linear(training.dynamics, group) for group in groups):
+        return LinearTangents(settings)
+    return PointwiseTangents(settings)
+
+
 def _check_pointwise(training: Training) -> None:
     """Carry tangents through two steps of Φ for two weights, in each param group."""
     with torch.no_grad():
@@ -153,7 +165,7 @@ class FirstOrderWindow(LiveWindow):
 
     def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
         super().__init__(training)
-        self._tangents = PointwiseTangents(training.settings)
+        self._tangents = _tangents(training)
         self._average: Average | None = None
         if decay is not None:
             self._average = Average(decay, self.params, carried)

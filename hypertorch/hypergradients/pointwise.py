@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dual_numbers import Tangents, dual, tangents_of
+from ..dual_numbers import Tangents, dual, tangents_of, value_of
 from ..hyperparameters import Setting
 from ..state import HOST_BUFFERS, State
 from ..transition import Gradients, Transition
@@ -54,11 +54,13 @@ class Block:
         group: their param group.
         pieces: what they are pieces of.
         tangents: z of all of them.
+        values: s after the latest step, by part, where it was asked for.
     """
 
     group: int
     pieces: list[Piece] = field(default_factory=list)
     tangents: PartTangents = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -113,20 +115,25 @@ class PointwiseTangents:
 
     Args:
         settings: what is learned, by name.
+
+    Attributes:
+        moving: what the latest step moved.
     """
 
     def __init__(self, settings: Mapping[str, Setting]) -> None:
         self.settings = settings
-        self._moving: list[Block] = []  # what the latest step moved, and what it did not
+        self.moving: list[Block] = []
         self._resting: list[Block] = []
 
     @property
     def blocks(self) -> list[Block]:
         """All of the state, as far as it has tangents."""
-        return self._moving + self._resting
+        return self.moving + self._resting
 
     @torch.no_grad()
-    def push(self, transition: Transition, state: State, grads: Gradients) -> None:
+    def push(
+        self, transition: Transition, state: State, grads: Gradients, keep_values: bool = False
+    ) -> None:
         """z ← ∂Φ/∂s · z + ∂Φ/∂λ at s_{t-1}; where there is no gradient, z stays as it is.
 
         Raises:
@@ -134,17 +141,13 @@ class PointwiseTangents:
 
         Cost: as many vector operations as some steps of the optimizer; no gradient.
         """
-        self._lay_out(list(_layout(transition, state, grads)), state)
+        self._lay_out(list(layout(transition, state, grads)), state)
         overrides = transition.overrides()
-        for block in self._moving:
+        for block in self.moving:
             z, g = block.tangents, block.group
+            units = dict.fromkeys(overrides, 1.0) | {"lr": transition.schedule[g]}  # dη_t/dη
             learned = {
-                name: dual(
-                    block.spread(by_group[g]),
-                    {
-                        name: transition.schedule[g] if name == "lr" else 1.0
-                    },  # η_t = λ · schedule(t)
-                )
+                name: dual(block.spread(by_group[g]), {name: units[name]})
                 for name, by_group in overrides.items()
             }
             new, buffers = transition.dynamics.step(
@@ -156,16 +159,17 @@ class PointwiseTangents:
             )
             after = {**buffers, "param": new}
             block.tangents = {**z, **{part: tangents_of(x) for part, x in after.items()}}
+            block.values = {k: value_of(x) for k, x in after.items()} if keep_values else {}
 
-    def _lay_out(self, layout: list[Block], state: State) -> None:
-        """Let the blocks that move be those of `layout`, with the z that is there."""
-        if [b.pieces for b in layout] == [b.pieces for b in self._moving]:
+    def _lay_out(self, blocks: list[Block], state: State) -> None:
+        """Let the blocks that move be these, with the z that is there."""
+        if [b.pieces for b in blocks] == [b.pieces for b in self.moving]:
             return
         groups = {piece: block.group for block in self.blocks for piece in block.pieces}
         apart = dict(each for block in self.blocks for each in block.tangents_of_each())
-        for block in layout:
+        for block in blocks:
             block.take({p: apart.pop(p) for p in block.pieces if p in apart}, state.params)
-        self._moving = layout
+        self.moving = blocks
         self._resting = [Block(groups[piece], [piece], z) for piece, z in apart.items()]
 
     @torch.no_grad()
@@ -194,7 +198,7 @@ class PointwiseTangents:
         return sums
 
 
-def _layout(transition: Transition, state: State, grads: Gradients) -> Iterator[Block]:
+def layout(transition: Transition, state: State, grads: Gradients) -> Iterator[Block]:
     """Yield what goes together: tensors with a gradient whose Φ has the same numbers."""
     growing: dict[Any, Block] = {}
     place = -1

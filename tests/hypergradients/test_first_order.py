@@ -294,7 +294,7 @@ def test_weights_without_a_gradient_rest_while_the_others_move(
     case: str, granularity: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Heads that take turns have counters and buffers of their own; blocks are cut small, too."""
-    monkeypatch.setitem(pointwise.LONGEST, "cpu", 16)
+    monkeypatch.setitem(pointwise.LONGEST, "cpu", 24)
     kind, options, names = CASES[case]
     torch.manual_seed(0)
     model = TwoHeads()

@@ -10,6 +10,7 @@ import pytest
 import torch
 from support import (
     OPTIMIZERS,
+    assert_close,
     assert_identical,
     batches,
     built,
@@ -23,7 +24,9 @@ from torch import Tensor, nn, optim
 
 import hypertorch
 from hypertorch import FirstOrder, HyperOptimizer, Unroll
-from hypertorch.dynamics import read_setting, write_setting
+from hypertorch.dynamics import Dynamics, dynamics_of, read_setting, write_setting
+from hypertorch.hypergradients import first_order
+from hypertorch.hypergradients.linear_tangents import is_linear
 
 EPSILON = 1e-6
 HELD = partial(optim.SGD, lr=0.0)  # an outer rule that leaves λ where it is
@@ -190,7 +193,7 @@ def test_a_schedule_scales_the_tangent_of_the_learning_rate(name: str, granulari
 
 
 def test_memory_does_not_grow_with_the_window() -> None:
-    """The numbers in all the tensors that are alive, after 3 and after 43 steps of a window."""
+    """The numbers in all the tensors that are alive, after 28 and after 68 steps of a window."""
 
     def alive() -> int:
         gc.collect()
@@ -198,13 +201,14 @@ def test_memory_does_not_grow_with_the_window() -> None:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in found}
         return sum(storages.values())
 
-    for engine in (FirstOrder(), FirstOrder(average=0.9)):
-        model, optimizer = learning("AdamW", window=50, update_every=50, engine=engine)
-        data = batches(43, seed=4)
-        for x, y in data[:3]:
+    for name, average in (("AdamW", None), ("AdamW", 0.9), ("SGD with momentum", None)):
+        engine = FirstOrder(average=average)
+        model, optimizer = learning(name, window=70, update_every=70, engine=engine)
+        data = batches(68, seed=4)
+        for x, y in data[:28]:
             unchanged_step(model, optimizer, x, y)
         before = alive()
-        for x, y in data[3:]:
+        for x, y in data[28:]:
             unchanged_step(model, optimizer, x, y)
         assert alive() <= before + 64
 
@@ -213,9 +217,8 @@ def test_a_million_hyperparameters_keep_as_many_tangents_as_one() -> None:
     """Two settings: as many numbers in the tangents, whatever their granularity."""
     sizes = []
     for granularity in ("shared", "element"):
-        model, optimizer = learning(
-            window=9, update_every=9, learn={"lr": granularity, "weight_decay": granularity}
-        )
+        learn = {"lr": granularity, "weight_decay": granularity}
+        model, optimizer = learning("Adam", window=9, update_every=9, learn=learn)
         for x, y in batches(4):
             unchanged_step(model, optimizer, x, y)
         blocks = optimizer._loop._open[0]._tangents.blocks
@@ -272,3 +275,65 @@ def test_hypergradients_follow_a_checkpoint_of_the_averages() -> None:
     assert_identical(optimizer.hypergradients, other.hypergradients)
     assert_identical(weights(model), weights(resumed))
     assert optimizer._loop._carried["count"] == 8  # the cut after the fifth step loses none
+
+
+# The two ways of carrying z.
+
+
+@pytest.mark.parametrize(
+    ("kind", "linear"), [(k, k.startswith("SGD")) for k in OPTIMIZERS], ids=list(OPTIMIZERS)
+)
+def test_the_steps_of_sgd_alone_are_linear(kind: str, linear: bool) -> None:
+    bare = built(kind, mlp())
+    assert is_linear(dynamics_of(bare), bare.param_groups[0]) is linear
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda w, g, lr: w - lr * g.sign(),
+        lambda w, g, lr: w - lr * g.clamp(-1, 1),
+        lambda w, g, lr: w - lr * g * w,
+        lambda w, g, lr: w - lr * (g + 1),
+        lambda w, g, lr: w - lr * g + lr,
+        lambda w, g, lr: w * 0.5 + lr * torch.ones(2),
+        lambda w, g, lr: torch.where(g > 0, w - lr * g, w),
+        lambda w, g, lr: torch.addcmul(w, g, torch.full((2,), 0.1)),
+    ],
+    ids=["sign", "clamp", "product", "shift", "number", "constant", "where", "factors"],
+)
+def test_other_steps_are_not(step: Any) -> None:
+    def update(param: Tensor, grad: Tensor, buffers: Any, *, lr: Any) -> Any:
+        return step(param, grad, lr), buffers
+
+    dynamics = Dynamics(update, {"lr": hypertorch.positive}, ())
+    assert not is_linear(dynamics, {})
+
+
+@pytest.mark.parametrize("average", [None, 0.8])
+@pytest.mark.parametrize("granularity", ["group", "tensor"])
+@pytest.mark.parametrize("name", [k for k in OPTIMIZERS if k.startswith("SGD")])
+def test_coefficients_and_vectors_give_the_same_numbers(
+    name: str, granularity: str, average: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In windows of 30 steps: the span is written out on the way, and where a weight rests."""
+    found = []
+    learn = {"lr": granularity, "weight_decay": granularity}
+    for rests in (False, True):
+        for linear in (True, False):
+            monkeypatch.setattr(first_order, "is_linear", lambda *_, linear=linear: linear)
+            engine = FirstOrder(average=average)
+            model, optimizer = learning(
+                name, window=30, update_every=30, engine=engine, learn=learn
+            )
+            scheduler = optim.lr_scheduler.ExponentialLR(optimizer, 0.97)
+            for t, (x, y) in enumerate(batches(60, seed=6)):
+                optimizer.zero_grad()
+                mse(model(x), y).backward()
+                if rests and t in (3, 40):
+                    model[0].bias.grad = None
+                optimizer.step()
+                scheduler.step()
+            found.append(list(optimizer.hypergradients.values()))
+    assert_close(found[0], found[1], rtol=1e-11)
+    assert_close(found[2], found[3], rtol=1e-11)
