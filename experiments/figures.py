@@ -161,7 +161,7 @@ def plot_path(axes: Axes, history: Sequence[Row]) -> None:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a small PNG, of 128 colours, and close the figure.
+    """Write a small PNG, of 256 colours, and close the figure.
 
     Args:
         figure: of matplotlib.
@@ -170,7 +170,7 @@ def save_figure(figure: Figure, path: Path) -> None:
     buffer = io.BytesIO()
     figure.savefig(buffer, dpi=DPI)
     plt.close(figure)
-    Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+    Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _column(history: Sequence[Row], name: str) -> np.ndarray:
