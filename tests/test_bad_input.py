@@ -8,8 +8,18 @@ from bad_input_use import CHECKPOINTS, OUTER, USE
 from support import assert_close, assert_identical, learned, weights
 
 import hypertorch
+from hypertorch.dynamics import registry
 
 TABLE = [*ARGUMENTS, *USE, *CHECKPOINTS]
+
+
+@pytest.fixture(autouse=True)
+def only_torchs_own(monkeypatch):
+    """Messages list every registered optimizer; other tests register some of their own."""
+    known = {
+        kind: d for kind, d in registry._REGISTRY.items() if kind.__module__.startswith("torch.")
+    }
+    monkeypatch.setattr(registry, "_REGISTRY", known)
 
 
 def caught(case: Case, bench: Bench, prepared: object) -> None:
