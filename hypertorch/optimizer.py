@@ -222,7 +222,7 @@ class HyperOptimizer(OptimizerWrapper):
             self._plain_step(inner)
 
         if loop.engine.needs == "gradients":
-            inner.backward(self.zero_grad)
+            inner.backward()
         closure = inner.replayable() if loop.engine.needs == "closure" else None
         step = TrainingStep(loop.groups.transition(), make, inner.value(), closure)
         step.check = lambda grads: loop.safeguards.watch(step.loss, grads)
@@ -230,7 +230,7 @@ class HyperOptimizer(OptimizerWrapper):
 
     def _plain_step(self, inner: InnerLoss) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
-        inner.backward(self.zero_grad)
+        inner.backward()
         grads = self._gradients()
         if self._loop is None:
             self._wrapped_step()

