@@ -97,7 +97,9 @@ def register_dynamics(
             the first step; a learned setting arrives as a tensor, a fixed one as a float.
         constraints: the float settings of `update` and the set each lives in. `beta1` and `beta2`
             stand for the two entries of torch's `betas`.
-        flags: keyword arguments of `update` taken from the param group unchanged.
+        flags: keyword arguments of `update` taken from the param group unchanged. A
+            `Hyperparameter` of any shape may lie there too, such as one learning rate per step;
+            `update` calls it, and it is learned when it is passed in `learn`.
 
     Example:
         >>> from hypertorch import positive
