@@ -80,9 +80,84 @@ class MixingConfig:
     update_every: int = 10  # steps between outer updates there
 
 
+@dataclass
+class ConstraintSetConfig:
+    """(η, μ) kept in a box by projection and by transform."""
+
+    _target_: str = "experiments.studies.constraint_set.run"
+    uses: ClassVar[tuple[str, ...]] = ("task",)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
+    hidden: int = 16
+    steps: int = 60  # T
+    updates: int = 40  # trainings of a run
+    points: int = 13  # along each axis of the surface
+    polish: int = 150  # trainings of the search for the least E
+    target: float = 1e-4  # of E, above the least, in nats
+
+
+@dataclass
+class ForwardReverseConfig:
+    """Forward and reverse hypergradients: agreement, time and memory."""
+
+    _target_: str = "experiments.studies.forward_reverse.run"
+    uses: ClassVar[tuple[str, ...]] = ("task",)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
+    hidden: int = 30
+    rate: float = 0.1  # η
+    momentum: float = 0.9
+    compare_up_to: int = 64  # T beyond which only cost is measured
+    horizons: list[int] = field(default_factory=lambda: [1, 4, 16, 64, 256])
+    counts: list[int] = field(default_factory=lambda: [1, 5, 50, 500])
+    count_steps: int = 5  # T while m varies
+    rounds: int = 3  # how often each is timed
+    limit: int = 1000  # the most numbers that Forward is asked for
+
+
+@dataclass
+class RealTimeConfig:
+    """η and μ in one run by forward mode in real time, by restarted trainings, and by a grid."""
+
+    _target_: str = "experiments.studies.real_time.run"
+    uses: ClassVar[tuple[str, ...]] = ("task",)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights and batches
+    hidden: int = 32
+    steps: int = 500
+    batch_size: int = 100
+    rate: float = 0.003  # η at the start
+    momentum: float = 0.5  # μ at the start
+    decays: list[float] = field(default_factory=lambda: [1.0, 0.98, 0.9, 0.0])  # γ
+    every: list[int] = field(default_factory=lambda: [5, 20])  # Δ
+    restarts: int = 25  # trainings that are differentiated
+    grid_rates: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3])
+    grid_momenta: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.9, 0.98])
+
+
+@dataclass
+class SchedulesConfig:
+    """A learning rate per step and layer, learned; beside searched constants and decays."""
+
+    _target_: str = "experiments.studies.schedules.run"
+    uses: ClassVar[tuple[str, ...]] = ("task",)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights and batches
+    hidden: list[int] = field(default_factory=lambda: [50, 50])
+    steps: int = 100  # T
+    batch_size: int = 100
+    momentum: float = 0.9
+    start: float = 0.02  # η of every step before learning
+    updates: int = 50  # trainings that are differentiated
+    outer_rate: float = 0.1  # of Adam on log η
+    rates: list[float] = field(default_factory=lambda: [0.01, 0.5])  # that are searched
+    points: int = 13  # of the grid, for each shape
+    fresh_starts: int = 5  # other weights and orders of batches
+
+
 STUDIES: dict[str, type] = {
+    "constraint_set": ConstraintSetConfig,
+    "forward_reverse": ForwardReverseConfig,
     "hoag": HOAGConfig,
     "mixing": MixingConfig,
     "nielsen": NielsenConfig,
+    "real_time": RealTimeConfig,
     "ridge": RidgeConfig,
+    "schedules": SchedulesConfig,
 }

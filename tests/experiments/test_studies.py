@@ -15,6 +15,28 @@ from experiments.studies.study import report_study
 
 #: The overrides that make each study small enough for a test: a few seconds.
 TINY: dict[str, list[str]] = {
+    "constraint_set": [
+        "task.train_size=30",
+        "task.validation_size=30",
+        "task.test_size=30",
+        "study.seeds=[0]",
+        "study.hidden=4",
+        "study.steps=4",
+        "study.updates=3",
+        "study.points=3",
+        "study.polish=5",
+    ],
+    "forward_reverse": [
+        "task.train_size=30",
+        "task.validation_size=30",
+        "task.test_size=30",
+        "study.seeds=[0]",
+        "study.hidden=4",
+        "study.horizons=[1,3]",
+        "study.counts=[1,4]",
+        "study.count_steps=2",
+        "study.rounds=1",
+    ],
     "hoag": [
         "study.seeds=[0]",
         "study.steps=3",
@@ -53,6 +75,21 @@ TINY: dict[str, list[str]] = {
         "study.long_points=3",
         "study.long_steps=[5,10]",
     ],
+    "real_time": [
+        "task=digits",
+        "task.train_size=60",
+        "task.validation_size=50",
+        "task.test_size=50",
+        "study.seeds=[0]",
+        "study.hidden=5",
+        "study.steps=8",
+        "study.batch_size=20",
+        "study.decays=[1.0,0.5]",
+        "study.every=[2,4]",
+        "study.restarts=2",
+        "study.grid_rates=[0.01,0.1]",
+        "study.grid_momenta=[0.5]",
+    ],
     "ridge": [
         "study.seeds=[0]",
         "study.points=11",
@@ -60,6 +97,19 @@ TINY: dict[str, list[str]] = {
         "study.updates=5",
         "study.short_windows=[2]",
         "study.update_every=10",
+    ],
+    "schedules": [
+        "task=digits",
+        "task.train_size=60",
+        "task.validation_size=50",
+        "task.test_size=50",
+        "study.seeds=[0]",
+        "study.hidden=[5]",
+        "study.steps=6",
+        "study.batch_size=20",
+        "study.updates=3",
+        "study.points=3",
+        "study.fresh_starts=1",
     ],
 }
 

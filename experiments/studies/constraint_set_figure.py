@@ -1,0 +1,94 @@
+"""The figure of the study `constraint_set`: a row per box, its surface with paths, and the gaps."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.figures import save_figure
+
+Rows = Sequence[dict[str, Any]]
+COLOURS = {
+    "projection": "#e69f00",
+    "projection in units of the box": "#d62728",
+    "transform": "#ffffff",
+}
+STYLES = {"inside": "-", "on the boundary": "--"}
+FLOOR = 1e-9  # nats; a smaller excess is drawn here
+
+
+def constraint_set_figure(rows: Rows, path: Path) -> None:
+    """Surfaces on the left are the first seed's; gaps on the right are all seeds'.
+
+    Args:
+        rows: of `numbers.csv`.
+        path: of the PNG.
+    """
+    boxes = list(dict.fromkeys(row["box"] for row in rows))
+    figure, axes = plt.subplots(len(boxes), 2, figsize=(14, 9), layout="constrained")
+    for box, (surface, gaps) in zip(boxes, axes, strict=True):
+        own = [row for row in rows if row["box"] == box]
+        _plot_surface(surface, [row for row in own if row["seed"] == own[0]["seed"]])
+        surface.set_title(f"Box whose best point lies {box}")
+        _plot_gaps(gaps, [row for row in own if row["what"] == "visit"])
+    axes[0, 0].legend(fontsize="small", facecolor="0.6", loc="upper right")
+    axes[0, 1].legend(fontsize="small")
+    save_figure(figure, path)
+
+
+def _column(rows: Rows, name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def _plot_surface(axes: Axes, rows: Rows) -> None:
+    cells = [row for row in rows if row["what"] == "surface"]
+    etas, mus = (sorted({row[name] for row in cells}) for name in ("eta", "mu"))
+    height = _column(cells, "E").reshape(len(etas), len(mus)).T
+    low = np.nanmin(height)
+    top = np.nanpercentile(height[np.isfinite(height)], 85)
+    mesh = axes.pcolormesh(
+        etas, mus, np.ma.masked_invalid(height), cmap="viridis_r", shading="gouraud",
+        vmin=low, vmax=top,
+    )  # fmt: skip
+    axes.figure.colorbar(mesh, ax=axes, label="validation loss E (nats)", extend="max")
+    for how, colour in COLOURS.items():
+        for start, style in STYLES.items():
+            path = [r for r in rows if (r.get("how"), r.get("start")) == (how, start)]
+            best = np.minimum.accumulate(_column(path, "E")) == _column(path, "E")
+            kept = [row for row, is_best in zip(path, best, strict=True) if is_best]
+            axes.plot(
+                _column(kept, "eta"), _column(kept, "mu"), style, marker="o", ms=4, color=colour,
+                mec="black", mew=0.5, label=f"{how}, start {start}",
+            )  # fmt: skip
+    (least,) = (row for row in rows if row["what"] == "least")
+    axes.plot(
+        least["eta"], least["mu"], "*", ms=18, color="#39ff14", mec="black", ls="none",
+        label="least E (scipy's search)", clip_on=False, zorder=5,
+    )  # fmt: skip
+    axes.set(xlabel="learning rate η", ylabel="momentum μ")
+
+
+def _plot_gaps(axes: Axes, rows: Rows) -> None:
+    colours = {**COLOURS, "transform": "#0072b2"}
+    for how, colour in colours.items():
+        for start, style in STYLES.items():
+            own = [row for row in rows if (row["how"], row["start"]) == (how, start)]
+            for number, seed in enumerate(dict.fromkeys(row["seed"] for row in own)):
+                run = [row for row in own if row["seed"] == seed]
+                best = np.minimum.accumulate(np.nan_to_num(_column(run, "excess"), nan=np.inf))
+                axes.plot(
+                    _column(run, "training"), np.maximum(best, FLOOR), style, color=colour,
+                    label=None if number else f"{how}, start {start}",
+                )  # fmt: skip
+    axes.set(yscale="log", xlabel="trainings (60 steps each, differentiated as a whole)")
+    axes.set_ylabel("E of the best so far, above the least E\n(nats, log scale)")
+    axes.set_title("How far from the best; a line per seed")
+    axes.grid(alpha=0.3)

@@ -1,0 +1,127 @@
+"""The figure of the study `real_time`: E against cost, η and μ in one run, slopes, and ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.figures import save_figure
+
+Rows = Sequence[dict[str, Any]]
+DECAYS = ["#d55e00", "#e69f00", "#009e73", "#0072b2", "#cc79a7"]
+RESTARTED, GRID, FIXED = "#000000", "0.45", "0.75"
+
+
+def real_time_figure(rows: Rows, path: Path) -> None:
+    """Four panels; curves are those of the first seed and the middle Δ.
+
+    Args:
+        rows: of `numbers.csv`.
+        path: of the PNG.
+    """
+    figure, axes = plt.subplots(2, 2, figsize=(14, 9.5), layout="constrained")
+    everies = sorted({row["every"] for row in rows if "every" in row})
+    middle = everies[len(everies) // 2 if len(everies) > 2 else 0]
+    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    traces = [row for row in first if row["what"] == "trace" and row.get("every") == middle]
+    restarted = [r for r in first if r["what"] == "trace" and r["method"] == "restarted"]
+    _plot_progress(axes[0, 0], traces, restarted, first)
+    _plot_values(axes[0, 1], traces)
+    _plot_slopes(axes[1, 0], traces)
+    _plot_ends(axes[1, 1], [row for row in rows if row["what"] == "end"], everies)
+    save_figure(figure, path)
+
+
+def _column(rows: Rows, name: str) -> np.ndarray:
+    return np.array([row[name] for row in rows], dtype=float)
+
+
+def _decays(rows: Rows) -> list[tuple[float, str]]:
+    return list(zip(dict.fromkeys(r["decay"] for r in rows if "decay" in r), DECAYS, strict=False))
+
+
+def _plot_progress(axes: Axes, traces: Rows, restarted: Rows, rows: Rows) -> None:
+    for decay, colour in _decays(traces):
+        own = [row for row in traces if row["decay"] == decay]
+        axes.plot(
+            _column(own, "cost"), _column(own, "validation_loss"), color=colour, lw=1.5,
+            label=f"one run in real time, γ = {decay:g}",
+        )  # fmt: skip
+    axes.plot(
+        _column(restarted, "cost"), _column(restarted, "validation_loss"), "o-", ms=4,
+        color=RESTARTED, label="restarted: a point per whole training",
+    )  # fmt: skip
+    names = {"grid": (GRID, "--", "best of the grid"), "fixed": (FIXED, ":", "fixed at the start")}
+    for method, (colour, style, label) in names.items():
+        (end,) = (row for row in rows if row["what"] == "end" and row["method"] == method)
+        axes.axhline(end["validation_loss"], color=colour, ls=style, lw=2, label=label)
+    axes.set(xscale="log", xlabel="cost so far (plain training steps)")
+    axes.set_ylabel("validation loss (nats)")
+    axes.set_title(f"What one seed's validation loss has cost; Δ = {traces[0]['every']}")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _plot_values(axes: Axes, traces: Rows) -> None:
+    for decay, colour in _decays(traces):
+        own = [row for row in traces if row["decay"] == decay]
+        axes.plot(_column(own, "step"), _column(own, "eta"), color=colour, label=f"γ = {decay:g}")
+        axes.plot(_column(own, "step"), 1 - _column(own, "mu"), color=colour, ls="--")
+    axes.plot([], [], color="black", label="η")
+    axes.plot([], [], color="black", ls="--", label="1 − μ")
+    axes.set(yscale="log", xlabel="training step", ylabel="η, 1 − μ (log scale)")
+    axes.set_title("η and μ within one training")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", ncols=2)
+
+
+def _plot_slopes(axes: Axes, traces: Rows) -> None:
+    for decay, colour in _decays(traces):
+        own = [row for row in traces if row["decay"] == decay]
+        slopes = np.abs(_column(own, "d_lr") * _column(own, "eta"))
+        axes.plot(_column(own, "step"), slopes, color=colour, label=f"γ = {decay:g}")
+    axes.set(yscale="log", xlabel="training step", ylabel="|dE / d log η| (nats, log scale)")
+    axes.set_title("The slope in real time: γ limits how far back it reaches")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
+
+
+def _plot_ends(axes: Axes, ends: Rows, everies: Sequence[int]) -> None:
+    places = np.arange(len(everies), dtype=float)
+    decays = _decays(ends)
+    for number, (decay, colour) in enumerate(decays):
+        shift = 0.12 * (number - (len(decays) - 1) / 2)
+        values = [
+            _column(
+                [r for r in ends if (r.get("decay"), r.get("every")) == (decay, every)],
+                "validation_loss",
+            )
+            for every in everies
+        ]
+        axes.errorbar(
+            places + shift, [v.mean() for v in values], [_deviation(v) for v in values], fmt="o",
+            color=colour, capsize=3, label=f"real time, γ = {decay:g}",
+        )  # fmt: skip
+    for method, colour, style in (
+        ("restarted", RESTARTED, "-"), ("grid", GRID, "--"), ("fixed", FIXED, ":"),
+    ):  # fmt: skip
+        mean = _column([r for r in ends if r["method"] == method], "validation_loss").mean()
+        label = {"grid": "best of the grid", "fixed": "fixed at the start"}.get(method, method)
+        axes.axhline(mean, color=colour, ls=style, label=label)
+    axes.set_xticks(places, [str(every) for every in everies])
+    axes.set(xlabel="Δ: steps between updates", ylabel="validation loss at the end (nats)")
+    axes.set_title("At the end of training; mean and deviation over seeds")
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small", ncols=2)
+
+
+def _deviation(values: np.ndarray) -> float:
+    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
