@@ -65,11 +65,6 @@ def tangents_of(x: Any) -> Tangents:
     return x.tangents if isinstance(x, Dual) else {}
 
 
-def value_of(x: Any) -> Any:
-    """Return x alone."""
-    return x.as_subclass(Tensor) if isinstance(x, Dual) else x
-
-
 # The rules: the arguments' z, the value and the arguments of an operation, to the value's z.
 
 Z = Sequence[Any]

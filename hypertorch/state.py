@@ -306,15 +306,15 @@ class RandomState(TorchRandomState):
     def __init__(self) -> None:
         super().__init__()
         self._python = random.getstate()
-        numpy = sys.modules.get("numpy")
-        self._numpy = numpy.random.get_state() if numpy else None
+        numpy = sys.modules.get("numpy.random")  # imported by its first use: no state before
+        self._numpy = numpy.get_state() if numpy else None
 
     def restore(self) -> None:
         """Set every generator back to that state."""
         super().restore()
         random.setstate(self._python)
         if self._numpy is not None:
-            sys.modules["numpy"].random.set_state(self._numpy)
+            sys.modules["numpy.random"].set_state(self._numpy)
 
 
 @contextmanager

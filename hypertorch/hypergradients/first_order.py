@@ -24,6 +24,7 @@ from .engine import (
 )
 from .linear_tangents import LinearTangents, is_linear
 from .pointwise import PointwiseTangents
+from .shelf import Spare
 
 
 class FirstOrder(Engine):
@@ -65,9 +66,10 @@ class FirstOrder(Engine):
     setting per element, a step costs a copy of its gradient, however many settings there are.
     Elsewhere it costs, for each setting, vector operations as for one or two steps of the
     optimizer, be it one number or one for each weight: they weigh where weights are many and
-    batches small, and a short window is cheap there. Memory, however long the window: with SGD its
-    gradients, up to 24 or to 256 MB; elsewhere, and from there on, for each setting a tangent of
-    the weights and of each buffer that it acts on. Averages add w̄, and z̄ for each setting.
+    batches small, and a short window is cheap there. Memory, however long the window: with SGD the
+    weights, buffers and gradients, up to 24 vectors, or 256 MB (at least two vectors for each
+    setting and six more); elsewhere, for each setting a tangent of the weights and of each buffer
+    that it acts on. Averages add w̄, and z̄ for each setting.
 
     Example:
         >>> from functools import partial
@@ -100,6 +102,7 @@ class FirstOrder(Engine):
                 "0.95 remembers about twenty steps; None takes the last weights."
             )
         self.average = average
+        self._spare = Spare()
 
     def check(self, training: Training) -> None:
         """Refuse hyperparameters of the loss, and a Φ that mixes weights.
@@ -123,7 +126,7 @@ class FirstOrder(Engine):
 
     def open(self, training: Training, carried: Carried | None = None) -> "FirstOrderWindow":
         """Start at z = 0."""
-        return FirstOrderWindow(training, self.average, carried)
+        return FirstOrderWindow(training, _tangents(training, self._spare), self.average, carried)
 
     def cost(self, horizon: int, training: Training) -> float:
         """Return K + 1: the outer gradient is all that is added."""
@@ -133,12 +136,12 @@ class FirstOrder(Engine):
         return f"FirstOrder(average={self.average})"
 
 
-def _tangents(training: Training) -> PointwiseTangents | LinearTangents:
-    """Return z = 0, in coordinates where Φ allows them."""
+def _tangents(training: Training, spare: Spare) -> PointwiseTangents | LinearTangents:
+    """Return z = 0, not to be formed where Φ allows it."""
     settings, groups = training.settings, training.optimizer.param_groups
     has_few = all(h.granularity != "element" for h in settings.values())
     if has_few and all(is_linear(training.dynamics, group) for group in groups):
-        return LinearTangents(settings)
+        return LinearTangents(settings, spare)
     return PointwiseTangents(settings)
 
 
@@ -159,13 +162,20 @@ class FirstOrderWindow(LiveWindow):
 
     Args:
         training: what is trained and learned.
+        tangents: z = 0.
         decay: β of the averages, or `None`.
         carried: what the window before returned.
     """
 
-    def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
+    def __init__(
+        self,
+        training: Training,
+        tangents: PointwiseTangents | LinearTangents,
+        decay: float | None,
+        carried: Carried | None,
+    ) -> None:
         super().__init__(training)
-        self._tangents = _tangents(training)
+        self._tangents = tangents
         self._average: Average | None = None
         if decay is not None:
             self._average = Average(decay, self.params, carried)
@@ -207,6 +217,7 @@ class FirstOrderWindow(LiveWindow):
 
     def close(self) -> Carried | None:
         """Return w̄ and t, where the next window begins at the same weights."""
+        self._tangents.close()
         if self._average is None or not self.training.is_contiguous:
             return None
         return self._average.carried()

@@ -1,14 +1,14 @@
-"""z_t where Φ is linear in weights, buffers and gradients (SGD): within what the window has seen.
+"""α · z_K where Φ is linear in weights, buffers and gradients (SGD), without forming z_K.
 
-There s_t and z_t are combinations of w_0, v_0, g_1, …, g_t, with coefficients that follow the same
-recursion as the vectors do. So the recursion is run on the coefficients, a few numbers, and the
-vectors are touched once: α · z_K = Σ_b c_b (α · b).
+Along α, training is a few numbers: w̃ = α · w and so on, tensor by tensor, follow the same Φ,
+s̃_t = Φ(s̃_{t-1}, g̃_t, λ). So what goes into Φ is kept until α is known, its products with α are
+taken, and Φ is differentiated on those: dE/dλ = ∂w̃_K/∂λ.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,9 +17,9 @@ from ..dynamics import Dynamics
 from ..hyperparameters import Setting
 from ..state import State
 from ..transition import Gradients, Transition
-from .pointwise import PartTangents, Piece, PointwiseTangents, layout
+from .shelf import Shelf, Spare
 
-#: Vectors in the span at most, and their numbers together, unless that is fewer than six vectors.
+#: Vectors that are kept at most, and their numbers together, unless that is fewer than ten vectors.
 MOST, MOST_NUMBERS = 24, 2**26
 
 
@@ -83,180 +83,234 @@ def _is_linear(
     return all(isinstance(b, _Vector) for b in (weights, *buffers.values()) if b is not None)
 
 
-@cache
-def _unit_vectors(device: torch.device) -> Tensor:
-    wide = torch.float32 if device.type == "mps" else torch.float64
-    return torch.eye(MOST, dtype=wide, device=device)
-
-
 @dataclass
-class Unit:
-    """Tensors of one param group that go through the window in the same way, laid end to end.
+class _Made:
+    """A step: its Φ_t, which tensors had a gradient, and the rate of the average after it."""
 
-    Attributes:
-        group: their param group.
-        places: their positions in the state.
-        basis: what has been met: w_0, the buffers at the start, the gradient of each step.
-        param, buffers: the coefficients of w_t and of the buffers.
-    """
+    transition: Transition
+    moves: list[bool]
+    rate: float = 0.0
+
+
+class _Kind(NamedTuple):
+    """What tensors share that go through the window in the same way."""
 
     group: int
-    places: list[int] = field(default_factory=list)
-    basis: list[Tensor] = field(default_factory=list)
-    param: Any = None
-    buffers: dict[str, Any] = field(default_factory=dict)
-
-    def joined(self, tensors: Sequence[Any]) -> Tensor:
-        """Return a copy of its tensors among all of the state's, end to end."""
-        flat = [tensors[i].detach().reshape(-1) for i in self.places]
-        vector = torch.cat(flat) if len(flat) > 1 else flat[0].clone()
-        return vector.to(torch.promote_types(vector.dtype, torch.float32))
-
-    def meet(self, vector: Tensor) -> Tensor:
-        """Take a vector into the basis; return its coefficients."""
-        self.basis.append(vector)
-        return _unit_vectors(vector.device)[len(self.basis) - 1]
-
-    def begin(self, state: State) -> None:
-        """Take the present weights and buffers into the basis."""
-        self.param = self.meet(self.joined(state.params))
-        for key, value in state.buffers[self.places[0]].items():
-            vectors = [buffers.get(key) for buffers in state.buffers]
-            is_vector = isinstance(value, Tensor)
-            self.buffers[key] = self.meet(self.joined(vectors)) if is_vector else value
-
-    def moved(self, part: str, row: Any) -> None:
-        """Take over the coefficients of a part of s_t."""
-        if part == "param":
-            self.param = row
-        else:
-            self.buffers[part] = row
-
-    def combined(self, row: Tensor, params: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:
-        """Yield Σ_b c_b b of each tensor, with its position."""
-        total = torch.zeros_like(self.basis[0])
-        for coefficient, vector in zip(row.to(total), self.basis, strict=False):
-            total.addcmul_(vector, coefficient)
-        parts = total.split([params[i].numel() for i in self.places])
-        yield from zip(self.places, parts, strict=True)
-
-    def products(self, gradient: Gradients, like: Sequence[Tensor]) -> Tensor | None:
-        """Return α · b in the place of each b's coefficient."""
-        if not self.basis or all(gradient[i] is None for i in self.places):
-            return None
-        filled = list(gradient)
-        for i in self.places:
-            filled[i] = torch.zeros_like(like[i]) if gradient[i] is None else gradient[i]
-        alpha = self.joined(filled)
-        row = torch.zeros_like(self.param)
-        row[: len(self.basis)] = torch.stack([torch.dot(alpha, b) for b in self.basis])
-        return row
+    buffers: tuple[str, ...]
+    moves: tuple[bool, ...]
 
 
 class LinearTangents:
     """z at the present state of a Φ that is linear, with numbers for whole tensors.
 
-    It does what `PointwiseTangents` does, and hands over to them where the span grows too large or
-    a weight begins or ceases to have a gradient.
+    It does what `PointwiseTangents` does. Where no more vectors are to be kept, z is written out,
+    and what is kept starts from there.
 
     Args:
         settings: what is learned, by name; nothing per element.
+        spare: where memory comes from.
     """
 
-    def __init__(self, settings: Mapping[str, Setting]) -> None:
-        self.settings = settings
-        self._units: list[Unit] = []
-        self._moves: list[bool] = []  # which weights have a gradient
-        self._params: list[Tensor] = []
-        self._of_coefficients = PointwiseTangents(settings)
-        self._of_vectors: PointwiseTangents | None = None
+    def __init__(self, settings: Mapping[str, Setting], spare: Spare) -> None:
+        self.settings, self._spare = settings, spare
+        self._shelves: list[Shelf] = []
+        self._rows: dict[tuple[str, str], int] = {}  # (part, setting) of z; "" for s itself
+        self._steps: list[_Made] = []
+        self._keys: list[tuple[str, ...]] = []  # of each weight's buffers at the start
+        self._group: list[int] = []
 
-    @torch.no_grad()
     def push(self, transition: Transition, state: State, grads: Gradients) -> None:
         """z ← ∂Φ/∂s · z + ∂Φ/∂λ at s_{t-1}.
 
         Cost: a copy of the gradient, and of the state at the first step.
         """
-        if self._of_vectors is None and self._units and not self._fits(grads):
-            self._of_vectors = self._written_out(transition, state)
-        if self._of_vectors is not None:
-            return self._of_vectors.push(transition, state, grads)
-        if not self._units:
-            self._begin(transition, state, grads)
-        counts = [sum(u.group == g for u in self._units) for g in range(len(transition.groups))]
-        groups = [
-            {**group, "params": [None] * count}
-            for group, count in zip(transition.groups, counts, strict=True)
-        ]
-        short = replace(transition, groups=groups)
-        rows = [u.meet(u.joined(grads)) if u.basis else None for u in self._units]
-        before = State([u.param for u in self._units], [u.buffers for u in self._units])
-        self._of_coefficients.push(short, before, rows, keep_values=True)
-        for block in self._of_coefficients.moving:
-            for part, values in block.values.items():
-                for piece, value in zip(block.pieces, block.split(values), strict=True):
-                    self._units[piece.place].moved(part, value)
-
-    def _fits(self, grads: Gradients) -> bool:
-        """Whether the step concerns the same weights, and there is room for its gradient."""
-        met = max(len(unit.basis) for unit in self._units)
-        size = sum(unit.basis[0].numel() for unit in self._units if unit.basis)
-        room = min(MOST, max(6, MOST_NUMBERS // size))
-        return met < room and [g is not None for g in grads] == self._moves
-
-    def _begin(self, transition: Transition, state: State, grads: Gradients) -> None:
-        """Group the tensors, one by one where a setting has a number for each."""
-        self._moves, self._params = [g is not None for g in grads], state.params
-        one_by_one = any(h.granularity == "tensor" for h in self.settings.values())
-        place = -1
-        for g, group in enumerate(transition.groups):
-            units: dict[Any, Unit] = {}
-            for _ in group["params"]:
-                place += 1
-                param, buffers = state.params[place], state.buffers[place]
-                keys = tuple(k for k, v in buffers.items() if v is not None)
-                kind = place if one_by_one else (param.device, param.dtype, keys)
-                if one_by_one or self._moves[place]:
-                    units.setdefault(kind, Unit(g)).places.append(place)
-            self._units += units.values()
-        for unit in self._units:
-            if self._moves[unit.places[0]]:
-                unit.begin(state)
+        if not self._shelves or not self._fits(grads):
+            self._start(transition, state, grads, self._written_out())
+        for shelf in self._shelves:
+            shelf.put(grads)
+        self._steps.append(_Made(transition, [g is not None for g in grads]))
 
     def average(self, rate: float) -> None:
         """z̄ ← z̄ + a (z − z̄) for the weights, with a = `rate`; 0 at first."""
-        (self._of_vectors or self._of_coefficients).average(rate)
+        self._steps[-1].rate = rate
 
-    @torch.no_grad()
     def along(self, gradient: Gradients, part: str = "param") -> dict[str, Tensor]:
-        """Return α · z by setting, of λ's shape; see `PointwiseTangents.along`."""
-        if self._of_vectors is not None:
-            return self._of_vectors.along(gradient, part)
-        rows = [unit.products(gradient, self._params) for unit in self._units]
-        return self._of_coefficients.along(rows, part)
+        """Return α · z by setting, of λ's shape.
 
-    def _written_out(self, transition: Transition, state: State) -> PointwiseTangents:
-        """Return the same tangents as vectors."""
-        vectors: dict[int, PartTangents] = {}
-        for block in self._of_coefficients.blocks:
-            for piece, tangents in block.tangents_of_each():
-                unit = self._units[piece.place]
-                for part, by_name in tangents.items():
-                    for name, row in by_name.items():
-                        for i, z in unit.combined(torch.as_tensor(row), state.params):
-                            vectors.setdefault(i, {}).setdefault(part, {})[name] = z
-        result = PointwiseTangents(self.settings)
-        moved = [p if moves else None for p, moves in zip(state.params, self._moves, strict=True)]
-        result.moving = list(layout(transition, state, moved))
-        for block in result.moving:
-            apart = {piece: _cut(vectors.get(piece.place, {}), piece) for piece in block.pieces}
-            block.take(apart, state.params)
-        return result
+        Args:
+            gradient: α, over the weights; `None` is zero.
+            part: "param" for z, "average" for z̄.
+        """
+        leaves = {name: _on_host(h.value).requires_grad_() for name, h in self.settings.items()}
+        if not self._steps:
+            return {name: torch.zeros_like(h.value) for name, h in self.settings.items()}
+        products = torch.cat([shelf.products(gradient) for shelf in self._shelves], dim=1)
+        with torch.enable_grad():
+            ends = [parts[part] for _, parts in self._run(products.unsqueeze(1), leaves)]
+            total = torch.stack([end.sum() for end in ends]).sum()
+            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+        pairs = zip(self.settings.items(), found, strict=True)
+        return {name: z.to(h.value) for (name, h), z in pairs}
+
+    def close(self) -> None:
+        """Let go of what is kept."""
+        self._spare.keep([block for shelf in self._shelves for block in shelf.clear()])
+        self._shelves = []
+
+    def _fits(self, grads: Gradients) -> bool:
+        """Whether there is room for a gradient, of weights that are kept."""
+        room = max(len(self._rows) + 4, min(MOST, MOST_NUMBERS // max(1, self._numel())))
+        places = {i for shelf in self._shelves for i in shelf.places}
+        has_place = all(g is None or i in places for i, g in enumerate(grads))
+        return self._shelves[0].count < room and has_place
+
+    def _numel(self) -> int:
+        return sum(shelf.numel for shelf in self._shelves)
+
+    def _start(
+        self,
+        transition: Transition,
+        state: State,
+        grads: Gradients,
+        tangents: Mapping[tuple[str, str], Mapping[int, Tensor]],
+    ) -> None:
+        """Keep the present weights, buffers and z, and no step."""
+        self.close()
+        groups = enumerate(transition.groups)
+        self._group = [g for g, group in groups for _ in group["params"]]
+        self._keys = [
+            tuple(k for k, v in buffers.items() if isinstance(v, Tensor))
+            for buffers in state.buffers
+        ]
+        places: dict[Any, list[int]] = {}
+        for i, param in enumerate(state.params):
+            if param.requires_grad or grads[i] is not None:
+                places.setdefault((param.device, param.dtype), []).append(i)
+        self._shelves = [Shelf(own, state.params, self._spare) for own in places.values()]
+        self._rows, self._steps = {}, []
+        self._keep("param", "", state.params)
+        for key in sorted({key for keys in self._keys for key in keys}):
+            self._keep(key, "", [buffers.get(key) for buffers in state.buffers])
+        for (part, name), vectors in tangents.items():
+            self._keep(part, name, [vectors.get(i) for i in range(len(grads))])
+
+    def _keep(self, part: str, name: str, tensors: Sequence[Any]) -> None:
+        self._rows[part, name] = len(self._rows)
+        for shelf in self._shelves:
+            shelf.put(tensors)
+
+    def _run(
+        self, table: Tensor, values: Mapping[str, Tensor]
+    ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
+        """Run the window's Φ on what stands in the place of the rows.
+
+        Args:
+            table: for each row a matrix with one column for each tensor.
+            values: λ, by name.
+
+        Yields:
+            Columns, and what the parts of s_K are there; "average" is w̄_K, without w̄_0.
+        """
+        places = [i for shelf in self._shelves for i in shelf.places]
+        kinds: dict[_Kind, list[int]] = {}
+        for column, i in enumerate(places):
+            moves = tuple(step.moves[i] for step in self._steps)
+            kinds.setdefault(_Kind(self._group[i], self._keys[i], moves), []).append(column)
+        for kind, columns in kinds.items():
+            own = {
+                name: _spread(setting, values[name], kind.group, [places[c] for c in columns])
+                for name, setting in self.settings.items()
+            }
+            yield columns, self._through(kind, table[..., columns], own)
+
+    def _through(
+        self, kind: _Kind, rows: Tensor, values: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return the parts of s_K for tensors of one kind, and "average"."""
+        buffers = {key: self._at_start(key, rows, values) for key in kind.buffers}
+        weights, average = (self._at_start(part, rows, values) for part in ("param", "average"))
+        for t, (step, moves) in enumerate(zip(self._steps, kind.moves, strict=True)):
+            if moves:
+                group = {**step.transition.groups[kind.group], **values}
+                if "lr" in values:
+                    group["lr"] = values["lr"] * step.transition.schedule[kind.group]
+                gradient, dynamics = rows[len(self._rows) + t], step.transition.dynamics
+                weights, buffers = dynamics.step(weights, gradient, buffers, group, 0)
+            if step.rate:
+                average = average + step.rate * (weights - average)
+        return {"param": weights, "average": average, **buffers}
+
+    def _at_start(self, part: str, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
+        """Return a part of s, or of w̄, with its derivative z in λ."""
+        found = (
+            rows[self._rows[part, ""]] if (part, "") in self._rows else torch.zeros_like(rows[0])
+        )
+        for name, value in values.items():
+            if (part, name) in self._rows:
+                found = found + (value - value.detach()) * rows[self._rows[part, name]]
+        return found
+
+    def _written_out(self) -> dict[tuple[str, str], dict[int, Tensor]]:
+        """Return z by part and setting, then by the weights' positions."""
+        if not self._steps:
+            return {}
+        count = self._shelves[0].count
+        columns = sum(len(shelf.places) for shelf in self._shelves)
+        coefficients: dict[tuple[str, str], Tensor] = {}
+        for own, by_part in self._coefficients(count, columns):
+            for key, c in by_part.items():
+                whole = coefficients.setdefault(key, c.new_zeros(count, columns))
+                whole[:, own] = c
+        if not coefficients:
+            return {}
+        found: dict[tuple[str, str], dict[int, Tensor]] = {key: {} for key in coefficients}
+        sizes = [len(shelf.places) for shelf in self._shelves]
+        pieces = torch.stack(list(coefficients.values())).split(sizes, dim=2)
+        for shelf, piece in zip(self._shelves, pieces, strict=True):
+            for i, vectors in shelf.combined(piece).items():
+                for key, vector in zip(coefficients, vectors, strict=True):
+                    found[key][i] = vector
+        return found
+
+    @torch.enable_grad()
+    def _coefficients(
+        self, count: int, columns: int
+    ) -> Iterator[tuple[list[int], dict[tuple[str, str], Tensor]]]:
+        """Yield columns, and z's coefficients over the rows there, by part and setting.
+
+        All numbers of a setting move together, since each tensor depends on one of them. Reverse
+        mode through reverse mode is forward mode: u ↦ uᵀ ∂s/∂λ is linear in u.
+        """
+        values = {name: _on_host(h.value) for name, h in self.settings.items()}
+        shifts = {n: torch.zeros((), dtype=v.dtype, requires_grad=True) for n, v in values.items()}
+        table = torch.eye(count, dtype=torch.float64).unsqueeze(-1).expand(-1, -1, columns)
+        for own, parts in self._run(table, {n: v + shifts[n] for n, v in values.items()}):
+            ends = {part: end for part, end in parts.items() if end.requires_grad}
+            if not ends:
+                continue
+            probes = {part: torch.zeros_like(end, requires_grad=True) for part, end in ends.items()}
+            transposed = torch.autograd.grad(
+                list(ends.values()),
+                list(shifts.values()),
+                list(probes.values()),
+                create_graph=True,
+                materialize_grads=True,
+            )
+            found: dict[tuple[str, str], Tensor] = {}
+            for name, slope in zip(shifts, transposed, strict=True):
+                zs = torch.autograd.grad(
+                    slope, list(probes.values()), retain_graph=True, materialize_grads=True
+                )
+                found |= {(part, name): z for part, z in zip(probes, zs, strict=True)}
+            yield own, found
 
 
-def _cut(tangents: PartTangents, piece: Piece) -> PartTangents:
-    """Return z of a piece of a tensor."""
-    return {
-        part: {name: piece.of(z) for name, z in by_name.items() if isinstance(z, Tensor)}
-        for part, by_name in tangents.items()
-    }
+def _on_host(value: Tensor) -> Tensor:
+    return value.detach().cpu().double()
+
+
+def _spread(setting: Setting, value: Tensor, group: int, places: list[int]) -> Tensor:
+    """Return λ for tensors of one group, as a number or one for each."""
+    if setting.granularity == "shared":
+        return value
+    return value[group] if setting.granularity == "group" else value[places]

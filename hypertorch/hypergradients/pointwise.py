@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..dual_numbers import Tangents, dual, tangents_of, value_of
+from ..dual_numbers import Tangents, dual, tangents_of
 from ..hyperparameters import Setting
 from ..state import HOST_BUFFERS, State
 from ..transition import Gradients, Transition
@@ -54,13 +54,11 @@ class Block:
         group: their param group.
         pieces: what they are pieces of.
         tangents: z of all of them.
-        values: s after the latest step, by part, where it was asked for.
     """
 
     group: int
     pieces: list[Piece] = field(default_factory=list)
     tangents: PartTangents = field(default_factory=dict)
-    values: dict[str, Any] = field(default_factory=dict)
 
     @property
     def sizes(self) -> list[int]:
@@ -131,9 +129,7 @@ class PointwiseTangents:
         return self.moving + self._resting
 
     @torch.no_grad()
-    def push(
-        self, transition: Transition, state: State, grads: Gradients, keep_values: bool = False
-    ) -> None:
+    def push(self, transition: Transition, state: State, grads: Gradients) -> None:
         """z ← ∂Φ/∂s · z + ∂Φ/∂λ at s_{t-1}; where there is no gradient, z stays as it is.
 
         Raises:
@@ -159,7 +155,6 @@ class PointwiseTangents:
             )
             after = {**buffers, "param": new}
             block.tangents = {**z, **{part: tangents_of(x) for part, x in after.items()}}
-            block.values = {k: value_of(x) for k, x in after.items()} if keep_values else {}
 
     def _lay_out(self, blocks: list[Block], state: State) -> None:
         """Let the blocks that move be these, with the z that is there."""
@@ -196,6 +191,10 @@ class PointwiseTangents:
             for name, z in block.tangents.get(part, {}).items():
                 _add_products(sums[name], self.settings[name], block, alpha, z)
         return sums
+
+    def close(self) -> None:
+        """Let go of z."""
+        self.moving, self._resting = [], []
 
 
 def layout(transition: Transition, state: State, grads: Gradients) -> Iterator[Block]:

@@ -1,0 +1,124 @@
+"""Vectors of the weights' size that a window keeps: laid end to end, a row of a matrix each.
+
+As rows they are multiplied by α in one pass over the memory, and memory is asked of the system
+once: fresh pages cost more than what is copied into them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: Rows of a block, at first and later on, and numbers that are kept at most for the next window.
+FIRST, LATER, MOST_KEPT = 4, 8, 2**24
+
+
+class Spare:
+    """Memory on the host that the window before this one has done with."""
+
+    def __init__(self) -> None:
+        self._blocks: list[Tensor] = []
+
+    def take(self, rows: int, like: Tensor) -> Tensor:
+        """Return a block of so many rows like the vector `like`; what it holds is arbitrary."""
+        for i, block in enumerate(self._blocks):
+            same = (block.dtype, block.device) == (like.dtype, like.device)
+            if same and block.shape == (rows, like.numel()):
+                return self._blocks.pop(i)
+        return like.new_empty(rows, like.numel())
+
+    def keep(self, blocks: Sequence[Tensor]) -> None:
+        """Take blocks back; what nobody took since the last time is let go."""
+        self._blocks, room = [], MOST_KEPT
+        for block in blocks:
+            room -= block.numel()
+            if room >= 0 and block.device.type == "cpu":
+                self._blocks.append(block)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"_blocks": []}
+
+
+class Shelf:
+    """Vectors over some of a state's tensors, which share a device and a precision.
+
+    Args:
+        places: the positions of these tensors in the state.
+        params: the weights.
+        spare: where memory comes from.
+
+    Attributes:
+        blocks: the rows, in matrices.
+        count: how many rows are in use.
+    """
+
+    def __init__(self, places: Sequence[int], params: Sequence[Tensor], spare: Spare) -> None:
+        self.places = list(places)
+        self._sizes = [params[i].numel() for i in places]
+        first = params[places[0]].detach()
+        wide = torch.promote_types(first.dtype, torch.float32)
+        self._like = first.new_empty((), dtype=wide).expand(sum(self._sizes))
+        self._spare = spare
+        self.blocks: list[Tensor] = []
+        self.count = 0
+
+    @property
+    def numel(self) -> int:
+        """How many numbers a row has."""
+        return self._like.numel()
+
+    @torch.no_grad()
+    def put(self, tensors: Sequence[Any]) -> None:
+        """Add a row with copies of the state's `tensors`: zero where there is none."""
+        capacity = sum(len(block) for block in self.blocks)
+        if self.count == capacity:
+            rows = FIRST if capacity < LATER else LATER
+            self.blocks.append(self._spare.take(rows, self._like))
+        position = self.count - sum(len(block) for block in self.blocks[:-1])
+        parts = [
+            self._like.new_zeros(size) if tensors[i] is None else tensors[i].detach().reshape(-1)
+            for i, size in zip(self.places, self._sizes, strict=True)
+        ]
+        torch.cat(parts, out=self.blocks[-1][position])
+        self.count += 1
+
+    def products(self, vector: Sequence[Tensor | None]) -> Tensor:
+        """Return α · b of each row b and tensor, of shape (rows, tensors), on the host.
+
+        Args:
+            vector: α, over the state; `None` is zero.
+        """
+        found = self._like.new_zeros(len(self.places), self.count)
+        for column, (i, rows) in enumerate(zip(self.places, self._columns(), strict=True)):
+            own = vector[i]
+            if own is not None:
+                along = own.detach().reshape(-1).to(self._like.dtype)
+                torch.cat([block @ along for block in rows], out=found[column])
+        return found.T.cpu().double()
+
+    def combined(self, coefficients: Tensor) -> dict[int, Tensor]:
+        """Return combinations of the rows, by the tensors' positions.
+
+        Args:
+            coefficients: of shape (combinations, rows, tensors).
+        """
+        factors = coefficients.to(self._like).unbind(-1)
+        found = {}
+        for i, factor, rows in zip(self.places, factors, self._columns(), strict=True):
+            pieces = factor.split([len(block) for block in rows], dim=1)
+            found[i] = sum(f @ block for f, block in zip(pieces, rows, strict=True))
+        return found
+
+    def _columns(self) -> list[list[Tensor]]:
+        """Return the rows of each tensor, block by block."""
+        left, used = self.count, []
+        for block in self.blocks:
+            used.append(block[: min(left, len(block))].split(self._sizes, dim=1))
+            left -= len(block)
+        return [list(columns) for columns in zip(*used, strict=True)]
+
+    def clear(self) -> list[Tensor]:
+        """Forget the rows; return their memory."""
+        blocks, self.blocks, self.count = self.blocks, [], 0
+        return blocks
