@@ -151,7 +151,52 @@ class SchedulesConfig:
     fresh_starts: int = 5  # other weights and orders of batches
 
 
+@dataclass
+class DropoutTaskConfig:
+    """A perceptron with dropout on few images: what the two studies on it share."""
+
+    uses: ClassVar[tuple[str, ...]] = ("task",)
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights, batches, noise
+    hidden: int = 64  # units in each of two layers
+    steps: int = 800
+    batch_size: int = 50
+    lr: float = 0.02
+    validation_batch_size: int = 100  # of the outer losses
+    evaluate_every: int = 20  # steps
+    response_rate: float = 0.02  # of the self-tuning network's Adam on ρ
+    warm_up: int = 50  # steps before it moves ρ
+    input_rates: list[float] = field(default_factory=lambda: [0.05, 0.3, 0.5])  # of the grid
+    hidden_rates: list[float] = field(default_factory=lambda: [0.05, 0.3, 0.5])
+
+
+@dataclass
+class SelfTuningConfig(DropoutTaskConfig):
+    """Dropout rates and λ by a response network, by the hypergradient, and by a grid."""
+
+    _target_: str = "experiments.studies.self_tuning.run"
+    decays: list[float] = field(default_factory=lambda: [1e-4, 1e-3, 1e-2])  # of the grid
+    low: list[float] = field(default_factory=lambda: [0.05, 0.05, 1e-4])  # both rates and λ
+    high: list[float] = field(default_factory=lambda: [0.7, 0.7, 3e-2])
+    real_time_every: int = 20  # steps between outer updates of forward mode in real time
+
+
+@dataclass
+class BlackBoxConfig(DropoutTaskConfig):
+    """Dropout through its sampling and shifts by whole pixels, by evolution strategies."""
+
+    _target_: str = "experiments.studies.black_box.run"
+    weight_decay: float = 1e-4
+    shifts: list[float] = field(default_factory=lambda: [0.01, 0.3, 0.5, 0.8])  # σ, of the grid
+    low: list[float] = field(default_factory=lambda: [0.05, 0.05, 0.2])  # both rates and σ
+    high: list[float] = field(default_factory=lambda: [0.5, 0.5, 1.5])
+    pairs: int = 4  # of particles
+    scale: float = 0.3  # of their perturbations, in logits
+    window: int = 10  # steps
+    reset_every: int = 10  # windows after which PES's particles start anew
+
+
 STUDIES: dict[str, type] = {
+    "black_box": BlackBoxConfig,
     "constraint_set": ConstraintSetConfig,
     "forward_reverse": ForwardReverseConfig,
     "hoag": HOAGConfig,
@@ -160,4 +205,5 @@ STUDIES: dict[str, type] = {
     "real_time": RealTimeConfig,
     "ridge": RidgeConfig,
     "schedules": SchedulesConfig,
+    "self_tuning": SelfTuningConfig,
 }

@@ -15,6 +15,23 @@ from experiments.studies.study import report_study
 
 #: The overrides that make each study small enough for a test: a few seconds.
 TINY: dict[str, list[str]] = {
+    "black_box": [
+        "task.train_size=40",
+        "task.validation_size=30",
+        "task.test_size=30",
+        "study.seeds=[0]",
+        "study.hidden=6",
+        "study.steps=12",
+        "study.batch_size=20",
+        "study.validation_batch_size=10",
+        "study.evaluate_every=6",
+        "study.input_rates=[0.1]",
+        "study.hidden_rates=[0.1,0.5]",
+        "study.shifts=[0.3]",
+        "study.warm_up=4",
+        "study.pairs=1",
+        "study.window=4",
+    ],
     "constraint_set": [
         "task.train_size=30",
         "task.validation_size=30",
@@ -110,6 +127,22 @@ TINY: dict[str, list[str]] = {
         "study.updates=3",
         "study.points=3",
         "study.fresh_starts=1",
+    ],
+    "self_tuning": [
+        "task.train_size=40",
+        "task.validation_size=30",
+        "task.test_size=30",
+        "study.seeds=[0]",
+        "study.hidden=6",
+        "study.steps=12",
+        "study.batch_size=20",
+        "study.validation_batch_size=10",
+        "study.evaluate_every=6",
+        "study.input_rates=[0.1]",
+        "study.hidden_rates=[0.1,0.5]",
+        "study.decays=[0.001]",
+        "study.warm_up=4",
+        "study.real_time_every=4",
     ],
 }
 
