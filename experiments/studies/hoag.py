@@ -23,7 +23,7 @@ from tqdm import tqdm
 import hypertorch
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
-from experiments.studies.hoag_criterion import generalised_cross_validation
+from experiments.studies.hoag_criterion import FORMULAS, ridge_criterion
 from experiments.studies.hoag_figure import hoag_figure
 from experiments.studies.hoag_problems import Copy, Problem, Truth, Values, problems
 from experiments.studies.schema import HOAGConfig
@@ -177,7 +177,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     criteria = []
     with tqdm(desc="HOAG", total=4 * len(settings.seeds), disable=not progress) as bar:
         for seed in settings.seeds:
-            criteria.append(generalised_cross_validation(seed))
+            criteria.append({name: ridge_criterion(name, seed) for name in FORMULAS})
             for name, problem in _problems(seed, settings).items():
                 if isinstance(problem, Problem):
                     rows += _race({"problem": name, "seed": seed}, problem, settings)
@@ -192,8 +192,9 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         "reached": reached,
         "first": _first(reached),
         "missing": missing,
-        "generalised_cross_validation": {
-            key: spread([criterion[key] for criterion in criteria]) for key in criteria[0]
+        "criteria": {
+            name: {key: spread([each[name][key] for each in criteria]) for key in first}
+            for name, first in criteria[0].items()
         },
     }
     return {**findings, "says": _sentences(findings)}
@@ -298,11 +299,10 @@ def _sentences(findings: dict[str, Any]) -> list[str]:
             f"by seed {', '.join(map(str, units['seconds']['by_seed']))}."
         )
     lines += [f"{problem} left out: {why}" for problem, why in findings["missing"].items()]
-    criterion = findings["generalised_cross_validation"]
-    return [
-        *lines,
-        f"Generalised cross-validation of ridge: HOAG's λ is off by at most "
-        f"{max(criterion['error']['values']):.1e} of the closed form's; dE/d log λ there is "
-        f"{criterion['slope']['mean']:.1g}, and without ∂E/∂λ it would be "
-        f"{criterion['slope_without_direct_term']['mean']:.2g}.",
-    ]
+    for name, found in findings["criteria"].items():
+        lines.append(
+            f"Ridge by {name}: HOAG's λ is off by at most {max(found['error']['values']):.1e} of "
+            f"the closed form's; dE/d log λ there is {found['slope']['mean']:.1g}, and without "
+            f"∂E/∂λ it would be {found['slope_without_direct_term']['mean']:.2g}."
+        )
+    return lines

@@ -9,7 +9,7 @@ import torch
 
 from experiments.loaders import Examples
 from experiments.studies import hoag
-from experiments.studies.hoag_criterion import generalised_cross_validation
+from experiments.studies.hoag_criterion import FORMULAS, Criterion, noise_of, ridge_criterion
 from experiments.studies.hoag_problems import (
     Copy,
     Truth,
@@ -129,8 +129,43 @@ def test_arrival_is_where_it_stays():
     assert hoag._median([1.0, None, 2.0]) == 2 and hoag._median([None, None, 2.0]) == math.inf
 
 
-def test_generalised_cross_validation_needs_its_direct_term():
-    found = generalised_cross_validation(0)
+@pytest.mark.parametrize("name", FORMULAS)
+def test_a_criterion_of_ridge_needs_its_direct_term(name):
+    found = ridge_criterion(name, 0)
     assert found["error"] < 1e-4
     assert abs(found["slope"]) < 1e-5 < 1e-2 < found["slope_without_direct_term"]
-    assert found["test_error"] < found["test_error_without_penalty"]
+    assert found["least_test_error"] <= found["test_error"] < found["test_error_without_penalty"]
+
+
+def test_steins_estimate_is_unbiased():
+    """E of it over y ~ N(μ, σ²) is E of mean (Xw − μ)²: both are quadratic in y, so f + σ²/2 Δf."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(12, 4, generator=generator).double()
+    mean, noise, decay = torch.randn(12, 1, generator=generator).double(), 0.7, 0.3
+    formula = FORMULAS["Stein's unbiased risk estimate"]
+
+    def weights(y):
+        return torch.linalg.solve(x.T @ x + 12 * decay * torch.eye(4).double(), x.T @ y)
+
+    def estimate(y):
+        criterion = Criterion(x, y, formula, noise)
+        criterion.decay.set(torch.tensor(decay, dtype=torch.float64))
+        del criterion.w
+        criterion.w = weights(y)
+        return criterion.outer_loss()
+
+    def loss(y):
+        return (x @ weights(y) - mean).square().mean()
+
+    expected = []
+    for f in (estimate, loss):
+        hessian = torch.autograd.functional.hessian(lambda y, f=f: f(y[:, None]), mean[:, 0])
+        expected.append((f(mean) + noise / 2 * hessian.trace()).item())
+    assert expected[0] == pytest.approx(expected[1], rel=1e-10)
+
+
+def test_the_noise_is_estimated_from_what_least_squares_leaves():
+    """y = Xw + e with e orthogonal to X and to 1: ‖e‖² is all that is left."""
+    q = np.linalg.qr(np.column_stack([np.ones(20), np.random.default_rng(0).normal(size=(20, 6))]))
+    x, e = q[0][:, 1:6], q[0][:, 6:]
+    assert noise_of(x, x.sum(1, keepdims=True) + 3 * e) == pytest.approx(9 / (20 - 5 - 1))
