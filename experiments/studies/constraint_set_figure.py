@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.colors import ListedColormap, LogNorm
 
 from experiments.figures import save_figure
 
@@ -19,7 +20,7 @@ Rows = Sequence[dict[str, Any]]
 COLOURS = {
     "projection": "#e69f00",
     "projection in units of the box": "#d62728",
-    "transform": "#ffffff",
+    "transform": "#0072b2",
 }
 STYLES = {"inside": "-", "on the boundary": "--"}
 FLOOR = 1e-9  # nats; a smaller excess is drawn here
@@ -39,8 +40,8 @@ def constraint_set_figure(rows: Rows, path: Path) -> None:
         _plot_surface(surface, [row for row in own if row["seed"] == own[0]["seed"]])
         surface.set_title(f"Box whose best point lies {box}")
         _plot_gaps(gaps, [row for row in own if row["what"] == "visit"])
-    axes[0, 0].legend(fontsize="small", facecolor="0.6", loc="upper right")
-    axes[0, 1].legend(fontsize="small")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
@@ -51,14 +52,15 @@ def _column(rows: Rows, name: str) -> np.ndarray:
 def _plot_surface(axes: Axes, rows: Rows) -> None:
     cells = [row for row in rows if row["what"] == "surface"]
     etas, mus = (sorted({row[name] for row in cells}) for name in ("eta", "mu"))
-    height = _column(cells, "E").reshape(len(etas), len(mus)).T
-    low = np.nanmin(height)
-    top = np.nanpercentile(height[np.isfinite(height)], 85)
+    height = np.maximum(_column(cells, "excess").reshape(len(etas), len(mus)).T, 1e-3)
+    finite = height[np.isfinite(height)]
+    greys = ListedColormap(plt.get_cmap("Greys")(np.linspace(0, 0.6, 256)))
     mesh = axes.pcolormesh(
-        etas, mus, np.ma.masked_invalid(height), cmap="viridis_r", shading="gouraud",
-        vmin=low, vmax=top,
+        etas, mus, np.ma.masked_invalid(height), cmap=greys, shading="gouraud",
+        norm=LogNorm(np.percentile(finite, 5), min(finite.max(), 1.5)),
     )  # fmt: skip
-    axes.figure.colorbar(mesh, ax=axes, label="validation loss E (nats)", extend="max")
+    label = "validation loss E above the least (nats)"
+    axes.figure.colorbar(mesh, ax=axes, label=label, extend="both")
     for how, colour in COLOURS.items():
         for start, style in STYLES.items():
             path = [r for r in rows if (r.get("how"), r.get("start")) == (how, start)]
@@ -77,18 +79,14 @@ def _plot_surface(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_gaps(axes: Axes, rows: Rows) -> None:
-    colours = {**COLOURS, "transform": "#0072b2"}
-    for how, colour in colours.items():
+    for how, colour in COLOURS.items():
         for start, style in STYLES.items():
             own = [row for row in rows if (row["how"], row["start"]) == (how, start)]
-            for number, seed in enumerate(dict.fromkeys(row["seed"] for row in own)):
+            for seed in dict.fromkeys(row["seed"] for row in own):
                 run = [row for row in own if row["seed"] == seed]
                 best = np.minimum.accumulate(np.nan_to_num(_column(run, "excess"), nan=np.inf))
-                axes.plot(
-                    _column(run, "training"), np.maximum(best, FLOOR), style, color=colour,
-                    label=None if number else f"{how}, start {start}",
-                )  # fmt: skip
-    axes.set(yscale="log", xlabel="trainings (60 steps each, differentiated as a whole)")
+                axes.plot(_column(run, "training"), np.maximum(best, FLOOR), style, color=colour)
+    axes.set(yscale="log", xlabel="trainings, each differentiated as a whole")
     axes.set_ylabel("E of the best so far, above the least E\n(nats, log scale)")
     axes.set_title("How far from the best; a line per seed")
     axes.grid(alpha=0.3)

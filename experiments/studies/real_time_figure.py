@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FixedLocator, NullLocator
 
 from experiments.figures import save_figure
 
@@ -63,11 +64,16 @@ def _plot_progress(axes: Axes, traces: Rows, restarted: Rows, rows: Rows) -> Non
     for method, (colour, style, label) in names.items():
         (end,) = (row for row in rows if row["what"] == "end" and row["method"] == method)
         axes.axhline(end["validation_loss"], color=colour, ls=style, lw=2, label=label)
-    axes.set(xscale="log", xlabel="cost so far (plain training steps)")
-    axes.set_ylabel("validation loss (nats)")
+    axes.set(xscale="log", yscale="log", xlabel="cost so far (plain training steps)")
+    ticks = [0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5]
+    axes.yaxis.set_major_locator(FixedLocator(ticks))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.set_ylabel("validation loss (nats, log scale)")
     axes.set_title(f"What one seed's validation loss has cost; Δ = {traces[0]['every']}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small")
+    axes.set_ylim(top=3 * max(row["validation_loss"] for row in traces))
+    axes.legend(fontsize="small", loc="upper right", ncols=2)
 
 
 def _plot_values(axes: Axes, traces: Rows) -> None:
@@ -117,6 +123,7 @@ def _plot_ends(axes: Axes, ends: Rows, everies: Sequence[int]) -> None:
         label = {"grid": "best of the grid", "fixed": "fixed at the start"}.get(method, method)
         axes.axhline(mean, color=colour, ls=style, label=label)
     axes.set_xticks(places, [str(every) for every in everies])
+    axes.set_xlim(-0.5, len(everies) - 0.5)
     axes.set(xlabel="Δ: steps between updates", ylabel="validation loss at the end (nats)")
     axes.set_title("At the end of training; mean and deviation over seeds")
     axes.grid(alpha=0.3, axis="y")

@@ -89,10 +89,10 @@ class ConstraintSetConfig:
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
     hidden: int = 16
     steps: int = 60  # T
-    updates: int = 40  # trainings of a run
-    points: int = 13  # along each axis of the surface
-    polish: int = 150  # trainings of the search for the least E
-    target: float = 1e-4  # of E, above the least, in nats
+    updates: int = 30  # trainings of a run
+    points: int = 11  # along each axis of the surface
+    polish: int = 100  # trainings of the search for the least E
+    target: float = 1e-3  # of E, above the least, in nats
 
 
 @dataclass
@@ -121,13 +121,13 @@ class RealTimeConfig:
     uses: ClassVar[tuple[str, ...]] = ("task",)
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights and batches
     hidden: int = 32
-    steps: int = 500
+    steps: int = 400
     batch_size: int = 100
     rate: float = 0.003  # η at the start
     momentum: float = 0.5  # μ at the start
     decays: list[float] = field(default_factory=lambda: [1.0, 0.98, 0.9, 0.0])  # γ
     every: list[int] = field(default_factory=lambda: [5, 20])  # Δ
-    restarts: int = 25  # trainings that are differentiated
+    restarts: int = 20  # trainings that are differentiated
     grid_rates: list[float] = field(default_factory=lambda: [0.003, 0.01, 0.03, 0.1, 0.3])
     grid_momenta: list[float] = field(default_factory=lambda: [0.0, 0.5, 0.9, 0.98])
 
@@ -144,7 +144,7 @@ class SchedulesConfig:
     batch_size: int = 100
     momentum: float = 0.9
     start: float = 0.02  # η of every step before learning
-    updates: int = 50  # trainings that are differentiated
+    updates: int = 40  # trainings that are differentiated
     outer_rate: float = 0.1  # of Adam on log η
     rates: list[float] = field(default_factory=lambda: [0.01, 0.5])  # that are searched
     points: int = 13  # of the grid, for each shape
