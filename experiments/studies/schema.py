@@ -61,6 +61,23 @@ class HOAGConfig:
 
 
 @dataclass
+class InputsConfig:
+    """One λ per input of linear models, and which inputs it switches off."""
+
+    _target_: str = "experiments.studies.inputs.run"
+    seeds: list[int] = field(  # splits; on 0 to 4 the settings were chosen
+        default_factory=lambda: [5, 6, 7, 8, 9, 10, 11, 12]
+    )
+    artificial: int = 10  # inputs that are shuffled copies of real ones
+    folds: int = 5
+    steps: int = 100  # iterations of HOAG
+    tolerance: float = 1e-6  # of the inner problem and of the linear system
+    points: int = 28  # of each search
+    truncations: list[int] = field(default_factory=lambda: [3, 10, 30, 100, 300, 1000])
+    truncated_at: float = 1.0  # every λ there
+
+
+@dataclass
 class MixingConfig:
     """The mixing weight α of clean and adversarial losses, learned; and one per example."""
 
@@ -200,6 +217,7 @@ STUDIES: dict[str, type] = {
     "constraint_set": ConstraintSetConfig,
     "forward_reverse": ForwardReverseConfig,
     "hoag": HOAGConfig,
+    "inputs": InputsConfig,
     "mixing": MixingConfig,
     "nielsen": NielsenConfig,
     "real_time": RealTimeConfig,

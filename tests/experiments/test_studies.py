@@ -64,6 +64,14 @@ TINY: dict[str, list[str]] = {
         "study.root=nowhere",
         "study.archives=nowhere",
     ],
+    "inputs": [
+        "study.seeds=[0]",
+        "study.artificial=2",
+        "study.folds=2",
+        "study.steps=3",
+        "study.points=3",
+        "study.truncations=[3,10]",
+    ],
     "mixing": [
         "task=digits",
         "task.train_size=60",
