@@ -53,6 +53,9 @@ def dropout_figure(
             label="best of the grid, by seed",
         )  # fmt: skip
         panel.set(xlabel="training step", **AXES[name])
+        if name == "shift":
+            panel.yaxis.set_major_formatter("{x:g}")
+            panel.yaxis.set_minor_formatter("{x:.1g}")
         panel.grid(alpha=0.3)
     handles, labels = axes.flat[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)

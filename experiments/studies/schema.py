@@ -203,7 +203,9 @@ class BlackBoxConfig(DropoutTaskConfig):
 
     _target_: str = "experiments.studies.black_box.run"
     weight_decay: float = 1e-4
-    shifts: list[float] = field(default_factory=lambda: [0.01, 0.3, 0.5, 0.8])  # σ, of the grid
+    input_rates: list[float] = field(default_factory=lambda: [0.05, 0.3])  # of the grid
+    hidden_rates: list[float] = field(default_factory=lambda: [0.05, 0.3])
+    shifts: list[float] = field(default_factory=lambda: [0.01, 0.2, 0.4, 0.6, 1.0])  # σ
     low: list[float] = field(default_factory=lambda: [0.05, 0.05, 0.2])  # both rates and σ
     high: list[float] = field(default_factory=lambda: [0.5, 0.5, 1.5])
     pairs: int = 4  # of particles
