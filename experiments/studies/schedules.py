@@ -130,7 +130,7 @@ class Laboratory:
         """Learn a schedule; return it as `(T, L)`, and E at every training.
 
         From one start it is the one with the least E on the way; from many, where E varies with the
-        start, the last one.
+        start, the geometric mean of the second half of the way.
 
         Args:
             how: one of `LEARNED`.
@@ -162,8 +162,11 @@ class Laboratory:
                 break
             move(optimizer, rule, visits[-1])
         finite = [v for v in visits if v.is_finite]
-        best = finite[-1] if many else min(finite, key=lambda v: v.outer_loss)
-        columns = [best.values[f"{number % count}"] for number in range(self.layers)]
+        late = finite[len(finite) // 2 :] if many else [min(finite, key=lambda v: v.outer_loss)]
+        columns = [
+            torch.stack([v.values[f"{number % count}"].log() for v in late]).mean(0).exp()
+            for number in range(self.layers)
+        ]
         return torch.stack(columns, 1), [
             {"what": "update", "method": how, "update": k, "validation_loss": v.outer_loss}
             for k, v in enumerate(finite)

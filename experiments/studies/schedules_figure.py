@@ -37,8 +37,12 @@ def schedules_figure(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
     shapes = _of(rows, "schedule")
     _plot_shared(axes[0, 0], shapes)
-    _plot_layers(axes[0, 1], [row for row in shapes if row["method"] == "per step and layer"])
-    axes[0, 1].sharey(axes[0, 0])
+    many = "per step and layer, many starts"
+    _plot_layers(axes[0, 1], [row for row in shapes if row["method"] == many])
+    axes[0, 1].set_title(f"Learned {many}; a line per seed")
+    learned = [v for row in shapes for n, v in row.items() if n[:5] == "layer" and row["step"] < 90]
+    for panel in axes[0]:
+        panel.set_ylim(0.8 * min(learned), 1.25 * max(learned))
     _plot_updates(axes[1, 0], rows)
     _plot_ends(axes[1, 1], rows)
     save_figure(figure, path)
@@ -86,7 +90,6 @@ def _plot_layers(axes: Axes, rows: Rows) -> None:
                 label=None if number else label,
             )  # fmt: skip
     axes.set(yscale="log", xlabel="training step t", ylabel="learning rate η (log scale)")
-    axes.set_title(f"One per step and layer: {len(layers)} × {len(own)} numbers; a line per seed")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
 
@@ -111,7 +114,7 @@ def _plot_updates(axes: Axes, rows: Rows) -> None:
         axes.axhline(np.mean(ends), color=COLOURS[shape], ls=style, label=f"best {shape}")
     lows = [row["validation_loss"] - base[row["seed"]] for row in _of(rows, "update")]
     axes.set_ylim(1.15 * min(lows), max(0.05, -1.5 * min(lows)))
-    axes.set(xlabel="training (100 steps, differentiated as a whole)")
+    axes.set(xlabel="trainings, each differentiated as a whole")
     axes.set_ylabel("validation loss, less that of the\nbest constant learning rate (nats)")
     axes.set_title("Adam on log η; a line per seed, mean over seeds for those searched")
     axes.grid(alpha=0.3)
@@ -140,3 +143,4 @@ def _plot_ends(axes: Axes, rows: Rows) -> None:
     axes.set_ylabel("test loss at step T (nats)")
     axes.set_title("Left bar: the start it was chosen on; right bar: other starts")
     axes.grid(alpha=0.3, axis="y")
+    axes.set_axisbelow(True)
