@@ -43,6 +43,27 @@ class NielsenConfig:
 
 
 @dataclass
+class CleaningConfig:
+    """Data hyper-cleaning: one weight per training example, half of which have wrong labels."""
+
+    _target_: str = "experiments.studies.cleaning.run"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the labels
+    data: list[str] = field(default_factory=lambda: ["fashion_mnist", "mnist"])
+    images: list[int] = field(default_factory=lambda: [5000, 1250])  # test has twice as many
+    noise: float = 0.5  # fraction of wrong labels
+    steps: int = 200  # of every training: with this momentum as far as 4000 without
+    lr: float = 0.01
+    momentum: float = 0.95
+    window: int = 20  # steps from one online update to the next, all of them differentiated
+    rates: list[float] = field(default_factory=lambda: [1.0, 4.0, 16.0])  # online, times n
+    updates: int = 8  # of the nested scheme
+    horizons: list[int] = field(default_factory=lambda: [60, 200])  # steps of its trainings
+    nested_rate: float = 2.0  # times n
+    root: str = "data"  # torchvision's folder
+    archives: str = "/usr/share/datasets/fashion-mnist"  # unzipped into `root` if that lacks them
+
+
+@dataclass
 class HOAGConfig:
     """HOAG against search and unrolling on four data sets."""
 
@@ -216,6 +237,7 @@ class BlackBoxConfig(DropoutTaskConfig):
 
 STUDIES: dict[str, type] = {
     "black_box": BlackBoxConfig,
+    "cleaning": CleaningConfig,
     "constraint_set": ConstraintSetConfig,
     "forward_reverse": ForwardReverseConfig,
     "hoag": HOAGConfig,

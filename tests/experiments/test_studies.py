@@ -15,6 +15,18 @@ from experiments.studies.study import report_study
 
 #: The overrides that make each study small enough for a test: a few seconds.
 TINY: dict[str, list[str]] = {
+    "cleaning": [
+        "study.seeds=[0]",
+        "study.data=[digits,fashion_mnist]",
+        "study.images=[60,60]",
+        "study.steps=20",
+        "study.window=5",
+        "study.rates=[1.0,4.0]",
+        "study.updates=2",
+        "study.horizons=[5,10]",
+        "study.root=nowhere",
+        "study.archives=nowhere",
+    ],
     "black_box": [
         "task.train_size=40",
         "task.validation_size=30",
