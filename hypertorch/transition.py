@@ -134,21 +134,7 @@ class Linearised:
             following: s_t, what `next_state` returned, whose graph is kept.
             adjoint: α_t, over the parts of s_t; a missing one is zero.
         """
-        outputs = {k: p for k, p in following.parts().items() if k in adjoint and p.requires_grad}
-        earlier = {k: p for k, p in self.state.parts().items() if p.requires_grad}
-        found = torch.autograd.grad(
-            list(outputs.values()),
-            [*earlier.values(), *self._values.values()],
-            [adjoint[k] for k in outputs],
-            allow_unused=True,
-            retain_graph=True,
-        )
-        parts = dict(zip(earlier, found, strict=False))
-        by_name = zip(self._values.items(), found[len(earlier) :], strict=True)
-        return (
-            {k: part for k, part in parts.items() if part is not None},
-            {n: torch.zeros_like(v) if b is None else b for (n, v), b in by_name},
-        )
+        return vjp(self.state, self._values, following, adjoint)
 
     def jvp(self, tangent: Parts, direction: Mapping[str, Tensor]) -> Parts:
         """Return A_t z + B_t e, over the parts of s_t.
@@ -186,6 +172,34 @@ class Linearised:
             torch.autograd.grad(gradients, targets, vectors, allow_unused=True, retain_graph=True)
         )
         return [next(found) if p.requires_grad else None for p in self.state.params]
+
+
+def vjp(
+    state: State, values: Mapping[str, Tensor], following: State, adjoint: Parts
+) -> tuple[Parts, dict[str, Tensor]]:
+    """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t.
+
+    Args:
+        state: s_{t-1}.
+        values: λ, by name.
+        following: s_t, in the graph of both, which is kept.
+        adjoint: α_t, over the parts of s_t; a missing one is zero.
+    """
+    outputs = {k: p for k, p in following.parts().items() if k in adjoint and p.requires_grad}
+    earlier = {k: p for k, p in state.parts().items() if p.requires_grad}
+    found = torch.autograd.grad(
+        list(outputs.values()),
+        [*earlier.values(), *values.values()],
+        [adjoint[k] for k in outputs],
+        allow_unused=True,
+        retain_graph=True,
+    )
+    parts = dict(zip(earlier, found, strict=False))
+    by_name = zip(values.items(), found[len(earlier) :], strict=True)
+    return (
+        {k: part for k, part in parts.items() if part is not None},
+        {n: torch.zeros_like(v) if b is None else b for (n, v), b in by_name},
+    )
 
 
 class PushForward:

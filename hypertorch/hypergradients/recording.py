@@ -8,9 +8,13 @@ made again has weights of its own, in the model's slots.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
 from ..state import ModuleBuffers, State, TorchRandomState, leaving_no_trace
@@ -169,3 +173,29 @@ def as_leaves(params: Sequence[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
     return [
         p.detach().requires_grad_(own.requires_grad) for p, own in zip(params, live, strict=True)
     ]
+
+
+class NewMemory(TorchDispatchMode):
+    """The memory that was taken within and is still held afterwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._old: WeakSet[Any] = WeakSet()
+        self._new: WeakSet[Any] = WeakSet()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Note whose memory an operation reads, and whose it made."""
+        self._old |= WeakSet(s for s in _storages((args, kwargs)) if s not in self._new)
+        result = func(*args, **(kwargs or {}))
+        self._new |= WeakSet(s for s in _storages(result) if s not in self._old)
+        return result
+
+    def nbytes(self, besides: Iterable[Tensor]) -> int:
+        """Return how many bytes it is, without what `besides` hold."""
+        own = WeakSet(_storages(list(besides)))
+        return sum(storage.nbytes() for storage in self._new if storage not in own)
+
+
+def _storages(nested: Any) -> list[Any]:
+    tensors = (leaf for leaf in tree_leaves(nested) if isinstance(leaf, Tensor))
+    return [t.untyped_storage() for t in tensors if t.layout == torch.strided]

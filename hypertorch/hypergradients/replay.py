@@ -4,13 +4,17 @@ Each step is differentiated by itself, from its stored state, with the random nu
 buffers it was made with. Between stored states the steps are made again.
 """
 
+import math
+from contextlib import nullcontext
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..errors import ArgumentError
 from ..state import ModuleBuffers, Parts, State
-from ..transition import Linearised
+from ..transition import Linearised, vjp
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, outer_gradient
-from .recording import Moment, Recording, as_leaves
+from .recording import Moment, NewMemory, Recording, as_leaves
 
 
 class Replay(Engine):
@@ -22,10 +26,13 @@ class Replay(Engine):
     Args:
         spacing: how many steps lie between two stored states: with 1 (the default) every state is
             stored and none is computed again; with `None` the spacing grows with the window, so
-            that at most 2.2 √K states are held (64 at K = 1024), and each step is made once more.
+            that at most 2.4 √K states are held (76 at K = 1024), and each step is made once more:
+            with its graph where that fits within this number, and else for its state alone.
 
     Cost: K training steps, one outer gradient, and for each step a gradient with its graph and a
-    Hessian-vector product (about three gradients); with a spacing other than 1, one more gradient.
+    Hessian-vector product (about three gradients); with a spacing other than 1, one more gradient,
+    which `None` saves where activations are small beside the weights: a perceptron's graph takes a
+    tenth of a state, a convolutional network's may take hundreds.
     Memory: K / spacing + spacing states, and the graph of one step.
 
     References:
@@ -46,18 +53,40 @@ class Replay(Engine):
         return ReplayedWindow(training, self.spacing)
 
     def cost(self, horizon: int, training: Training) -> float:
-        """Return K + 1 + 3 K, or K + 1 + 4 K where steps are made again."""
+        """Return K + 1 + 3 K, or K + 1 + 4 K where every step is made again once more."""
         return horizon + 1 + (3 if self.spacing == 1 else 4) * horizon
 
     def __repr__(self) -> str:
         return f"Replay(spacing={self.spacing})"
 
 
+#: States held together at most, over √K, where the spacing grows.
+MOST = 2.4
+
+
+@dataclass
+class _Ready:
+    """A step that was made again and waits for its adjoint.
+
+    Attributes:
+        state: s_{t-1}, in leaves.
+        following: s_t, in the graph of s_{t-1} and λ.
+        loss: without a graph.
+        graph: its memory, in states.
+    """
+
+    state: State
+    following: State
+    loss: Tensor
+    graph: float
+
+
 class ReplayedWindow(LiveWindow):
     """Steps on the live weights, of which some states are kept.
 
     Attributes:
-        states_held: the largest number of states held at one time, so far.
+        states_held: the largest number of states held at one time, so far, graphs that are kept
+            for later counted in states.
     """
 
     def __init__(self, training: Training, spacing: int | None) -> None:
@@ -66,6 +95,7 @@ class ReplayedWindow(LiveWindow):
         self._grows, self._spacing = spacing is None, spacing or 1
         self._stored: dict[int, Moment] = {0: self._recording.start}
         self.states_held = 1
+        self._graph: float | None = None  # the memory of a step's graph, in states
 
     def step(self, step: TrainingStep) -> None:
         """Make the step, and store the state before it if its turn has come."""
@@ -104,38 +134,56 @@ class ReplayedWindow(LiveWindow):
         self, start: int, end: int, adjoint: Parts, total: dict[str, Tensor]
     ) -> Parts:
         """Take α from step `end` back to step `start`, adding Bᵀα to `total`."""
-        moments = self._segment(start, end)
-        self.states_held = max(self.states_held, len(self._stored) + len(moments) - 1)
         losses = []
+        waiting = self._segment(start, end)
         for t in reversed(range(start, end)):
-            adjoint, loss = self._through_step(t, moments.pop(), adjoint, total)
-            losses.append(loss)
+            step = waiting.pop()
+            if isinstance(step, Moment):
+                step.module_buffers.restore()
+                step = self._ready(t, step.state)
+            values = self.training.values()
+            adjoint, of_hyperparameters = vjp(step.state, values, step.following, adjoint)
+            for name, part in of_hyperparameters.items():
+                total[name] = total[name] + part
+            losses.append(step.loss)
         self._recording.check(reversed(losses), first=start)
         del self._stored[start]
         return adjoint
 
-    def _segment(self, start: int, end: int) -> list[Moment]:
-        """Return the states before each of the steps from `start` to `end`."""
-        recording, moments = self._recording, [self._stored[start]]
-        moments[0].module_buffers.restore()
-        for t in range(start, end - 1):
-            state, _ = recording.again(t, moments[-1].state)
-            moments.append(Moment(state, ModuleBuffers(self.training.slots.model)))
-        return moments
-
-    def _through_step(
-        self, t: int, moment: Moment, adjoint: Parts, total: dict[str, Tensor]
-    ) -> tuple[Parts, Tensor]:
-        """Return α_{t-1} = A_tᵀ α_t and the step's loss; add B_tᵀ α_t to `total`."""
+    def _segment(self, start: int, end: int) -> list[Moment | _Ready]:
+        """Make the steps from `start` to `end` again, with graphs as far as there is room."""
+        recording, moment = self._recording, self._stored[start]
         moment.module_buffers.restore()
-        state = self._leaves(moment.state)
-        loss = self._recording.loss_again(t, state.params)
-        hyperparameters = self.training.hyperparameters
-        linearised = Linearised(self._recording.transition(t), state, loss, hyperparameters)
-        adjoint, of_hyperparameters = linearised.vjp(linearised.next_state(), adjoint)
-        for name, part in of_hyperparameters.items():
-            total[name] = total[name] + part
-        return adjoint, loss.detach()
+        waiting: list[Moment | _Ready] = []
+        held = len(self._stored) + end - start - 1.0
+        room = MOST * math.sqrt(len(recording)) if self._grows else 0.0
+        for t in range(start, end - 1):
+            if held + (self._graph or 0.0) <= room:  # the first one is made to measure it
+                step = self._ready(t, moment.state)
+                state = step.following.map(Tensor.detach)
+                fits = held + step.graph <= room
+                held += step.graph if fits else 0.0
+                waiting.append(step if fits else moment)
+            else:
+                state, _ = recording.again(t, moment.state)
+                waiting.append(moment)
+            moment = Moment(state, ModuleBuffers(self.training.slots.model))
+        self.states_held = max(self.states_held, math.ceil(held))
+        return [*waiting, moment]
+
+    def _ready(self, t: int, state: State) -> _Ready:
+        """Make step `t` from `state`, with its graph; measure that of the first one."""
+        with NewMemory() if self._graph is None else nullcontext() as memory:
+            state = self._leaves(state)
+            loss = self._recording.loss_again(t, state.params)
+            hyperparameters = self.training.hyperparameters
+            linearised = Linearised(self._recording.transition(t), state, loss, hyperparameters)
+            following = linearised.next_state()
+        del linearised  # ∇L, which few graphs hold
+        if memory is not None:
+            parts = following.parts().values()
+            self._graph = memory.nbytes(besides=parts) / sum(p.nbytes for p in parts)
+        return _Ready(state, following, loss.detach(), self._graph or 0.0)
 
     def _leaves(self, state: State) -> State:
         """Return the state as leaves: weights that train, and all buffers, differentiable."""
