@@ -23,9 +23,9 @@ LEARN = ("input_dropout", "hidden_dropout", "shift")
 METHODS = {
     "fixed": "fixed at the start",
     "grid": "best of the grid",
+    "self-tuning": "self-tuning network",
     "ES": "ES, new particles",
     "PES": "PES, particles go on",
-    "self-tuning": "self-tuning network",
 }
 
 
@@ -54,7 +54,7 @@ def _one_seed(task: Task, settings: BlackBoxConfig, seed: int) -> Iterator[Row]:
     for name, values in {"low": settings.low, "high": settings.high}.items():
         start, own = dict(zip(LEARN, values, strict=True)) | fixed, {"start": name}
         yield from reported(Training(task, settings, seed, start), settings, "fixed", own)
-        for method in ("ES", "PES", "self-tuning"):
+        for method in ("self-tuning", "ES", "PES"):
             new = learner(task, settings, seed, start, method)
             yield from learned(new, task, settings, seed, method, own)
 

@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 
 from experiments.figures import save_figure
 from experiments.studies.dropout_comparison import best_of_grid
@@ -54,8 +55,7 @@ def dropout_figure(
         )  # fmt: skip
         panel.set(xlabel="training step", **AXES[name])
         if name == "shift":
-            panel.yaxis.set_major_formatter("{x:g}")
-            panel.yaxis.set_minor_formatter("{x:.1g}")
+            _label_logs(panel, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5))
         panel.grid(alpha=0.3)
     handles, labels = axes.flat[1].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
@@ -93,10 +93,16 @@ def _plot_losses(
     axes.set_xticks(range(len(methods)), [label.replace(", ", ",\n") for label in methods.values()])
     axes.tick_params(axis="x", labelsize="small", rotation=15)
     axes.set(yscale="log", ylabel="test loss (nats; log scale)")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter("{x:g}")
-    axes.grid(alpha=0.3, axis="y", which="both")
+    _label_logs(axes, (0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2))
+    axes.grid(alpha=0.3, axis="y")
     axes.legend(fontsize="small")
+
+
+def _label_logs(axes: Axes, ticks: Sequence[float]) -> None:
+    low, high = axes.get_ylim()
+    axes.set_yticks([tick for tick in ticks if low <= tick <= high])
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _plot_paths(
