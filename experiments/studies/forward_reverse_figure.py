@@ -32,7 +32,7 @@ LABELS = {
 }
 TITLES = {
     "tanh": "They agree to rounding",
-    "ReLU": "With ReLU as well, but E(η, μ) jumps:\ncentral differences find no slope",
+    "ReLU": "With ReLU as well, but E(η, μ) jumps, and\ncentral differences may meet a jump",
 }
 
 
