@@ -159,7 +159,7 @@ class ReplayedWindow(LiveWindow):
         room = MOST * math.sqrt(len(recording)) if self._grows else 0.0
         for t in range(start, end - 1):
             if held + (self._graph or 0.0) <= room:  # the first one is made to measure it
-                step = self._ready(t, moment.state)
+                step = self._ready(t, moment.state, is_measured=self._graph is None)
                 state = step.following.map(Tensor.detach)
                 fits = held + step.graph <= room
                 held += step.graph if fits else 0.0
@@ -171,9 +171,9 @@ class ReplayedWindow(LiveWindow):
         self.states_held = max(self.states_held, math.ceil(held))
         return [*waiting, moment]
 
-    def _ready(self, t: int, state: State) -> _Ready:
-        """Make step `t` from `state`, with its graph; measure that of the first one."""
-        with NewMemory() if self._graph is None else nullcontext() as memory:
+    def _ready(self, t: int, state: State, is_measured: bool = False) -> _Ready:
+        """Make step `t` from `state`, with its graph, which may be measured."""
+        with NewMemory() if is_measured else nullcontext() as memory:
             state = self._leaves(state)
             loss = self._recording.loss_again(t, state.params)
             hyperparameters = self.training.hyperparameters
