@@ -16,9 +16,8 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from experiments.overhead_engines import Plan, Point, save, sparse_ratio, targets
+from experiments.overhead_engines import Plan, Point, heading, row, save, sparse_ratio, targets
 from experiments.overhead_engines import measure as measure_engines
-from experiments.overhead_engines import table as engines_table
 from experiments.overhead_setups import MODELS, Bench, repeated, timings
 
 
@@ -130,15 +129,14 @@ def _engines(options: argparse.Namespace, device: torch.device) -> int:
     plan = Plan(horizons=horizons, seconds=options.seconds)
     points: list[Point] = []
     found: dict[str, float] = {}
+    print(*heading(), sep="\n", flush=True)
     for name, make_model in MODELS.items():
-        bench = Bench(make_model, device)
-        with tqdm(desc=name, unit="point", disable=not sys.stderr.isatty()) as progress:
-            for point in measure_engines(name, bench, plan):
-                points.append(point)
-                progress.update()
+        bench = Bench(make_model, device, plan.batches[name])
+        for point in measure_engines(name, bench, plan):
+            points.append(point)
+            print(row(point), flush=True)
+        save(points, options.folder)
         found[f"{name}: FirstOrder, one update in 20 steps"] = sparse_ratio(bench)
-    save(points, options.folder)
-    print(engines_table(points))
     print(f"Table and plot are in {options.folder}.")
     found |= targets(points)
     print(json.dumps({"device": device.type, **{k: round(v, 4) for k, v in found.items()}}))

@@ -84,13 +84,15 @@ class Plan(NamedTuple):
         horizons: K.
         counts: how many numbers are learned, at a window of `count_horizon` steps.
         longest_graph: K beyond which what keeps a graph of the window is left out, by model.
-        seconds: about how long each point is timed.
+        batches: examples in a batch, by model: the CNN's are few, so that long windows end.
+        seconds: about how long each point is timed; a long window is timed once all the same.
     """
 
     horizons: Sequence[int] = (1, 4, 16, 64, 256, 1024)
     counts: Sequence[int] = (1, 100, 10_000, 1_000_000)
     count_horizon: int = 10
-    longest_graph: Mapping[str, int] = {"MLP": 1024, "CNN": 64}
+    longest_graph: Mapping[str, int] = {"MLP": 1024, "CNN": 256}
+    batches: Mapping[str, int] = {"MLP": 128, "CNN": 16}
     seconds: float = 3.0
 
 
@@ -132,24 +134,23 @@ def _peers(bench: Bench, horizon: int) -> dict[str, Action]:
 def _points(
     name: str, bench: Bench, actions: dict[str, Action], horizon: int, count: int, seconds: float
 ) -> Iterator[Point]:
-    """Time all actions in turns with bare steps, then measure the memory of each once."""
+    """Measure the memory of each action, which warms it up, then time all in turns.
+
+    A window of a thousand steps is an average by itself, and is timed once.
+    """
     bare = repeated(bench.plain_step(), horizon)
-    actions = {"bare": bare, **actions}
-    for action in actions.values():
-        action()
+    peaks = {engine: peak_bytes(action, bench.device) for engine, action in actions.items()}
+    bare()
     started = time.perf_counter()
     bare()
-    once = 5 * len(actions) * (time.perf_counter() - started)
-    rounds = min(40, max(3, round(seconds * len(actions) / once)))
-    times = timings(actions, rounds, bench.device)
+    once = 5 * (time.perf_counter() - started)
+    times = timings({"bare": bare, **actions}, min(40, max(1, round(seconds / once))), bench.device)
     state = sum(p.numel() * p.element_size() for p in bench.make_model().parameters()) * 2
-    for engine, milliseconds in times.items():
-        if engine == "bare":
-            continue
-        pairs = zip(milliseconds, times["bare"], strict=True)
+    for engine, peak in peaks.items():
+        pairs = zip(times[engine], times["bare"], strict=True)
         ratio = statistics.median(ours / theirs for ours, theirs in pairs)
-        states = peak_bytes(actions[engine], bench.device) / state
-        yield Point(name, engine, horizon, count, statistics.median(milliseconds), ratio, states)
+        milliseconds = statistics.median(times[engine])
+        yield Point(name, engine, horizon, count, milliseconds, ratio, peak / state)
 
 
 def peak_bytes(action: Action, device: torch.device) -> int:
@@ -181,13 +182,14 @@ def targets(points: Sequence[Point]) -> dict[str, float]:
     found = {(p.model, p.engine, p.horizon, p.numbers): p for p in points}
     result: dict[str, float] = {}
     for model in {p.model for p in points}:
-        longest = max(k for m, e, k, c in found if (m, e, c) == (model, "Replay √K", 2))
-        last, unrolled = (found.get((model, e, longest, 2)) for e in ("Replay √K", "Unroll"))
-        if last:
-            result[f"{model}: states of Replay at K = {longest}"] = last.states
-        if last and unrolled:
-            ratio = last.milliseconds / unrolled.milliseconds
-            result[f"{model}: Replay / Unroll at K = {longest}"] = ratio
+        replayed = {
+            k: p for (m, e, k, c), p in found.items() if (m, e, c) == (model, "Replay √K", 2)
+        }
+        unrolled = {k: p for (m, e, k, c), p in found.items() if (m, e, c) == (model, "Unroll", 2)}
+        longest, common = max(replayed), max(replayed.keys() & unrolled.keys())
+        result[f"{model}: states of Replay at K = {longest}"] = replayed[longest].states
+        ratio = replayed[common].milliseconds / unrolled[common].milliseconds
+        result[f"{model}: Replay / Unroll at K = {common}"] = ratio
         counts = sorted(c for m, e, _, c in found if (m, e) == (model, "Unroll") and c != 2)
         if len(counts) > 1:
             few, many = (
@@ -204,18 +206,17 @@ def targets(points: Sequence[Point]) -> dict[str, float]:
     return result
 
 
-def table(points: Sequence[Point]) -> str:
-    """The points as aligned text."""
-    head = (
-        f"{'model':<6}{'engine':<14}{'K':>6}{'learned':>9}{'ms':>11}{'/ bare steps':>14}"
-        f"{'peak states':>13}"
-    )
-    rows = [
-        f"{p.model:<6}{p.engine:<14}{p.horizon:>6}{p.numbers:>9}{p.milliseconds:>11.1f}"
-        f"{p.ratio:>14.2f}{p.states:>13.1f}"
-        for p in points
-    ]
-    return "\n".join([head, "-" * len(head), *rows])
+def heading() -> list[str]:
+    """The first lines of the table."""
+    names = f"{'model':<6}{'engine':<14}{'K':>6}{'learned':>9}"
+    line = f"{names}{'ms':>11}{'/ bare steps':>14}{'peak states':>13}"
+    return [line, "-" * len(line)]
+
+
+def row(p: Point) -> str:
+    """The line of one point."""
+    names = f"{p.model:<6}{p.engine:<14}{p.horizon:>6}{p.numbers:>9}"
+    return f"{names}{p.milliseconds:>11.1f}{p.ratio:>14.2f}{p.states:>13.1f}"
 
 
 def save(points: Sequence[Point], folder: Path) -> None:

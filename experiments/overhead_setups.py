@@ -34,13 +34,16 @@ class Bench:
     Args:
         make_model: builds the model.
         device: where it runs.
+        batch: examples in it.
     """
 
-    def __init__(self, make_model: Callable[[], nn.Module], device: torch.device) -> None:
+    def __init__(
+        self, make_model: Callable[[], nn.Module], device: torch.device, batch: int = BATCH
+    ) -> None:
         torch.manual_seed(0)
-        self.make_model, self.device = make_model, device
-        self.x = torch.randn(BATCH, *IMAGE, device=device)
-        self.y = torch.randint(CLASSES, (BATCH,), device=device)
+        self.make_model, self.device, self.batch = make_model, device, batch
+        self.x = torch.randn(batch, *IMAGE, device=device)
+        self.y = torch.randint(CLASSES, (batch,), device=device)
 
     def model_and_optimizer(self) -> tuple[nn.Module, torch.optim.SGD]:
         """A fresh model, and SGD with a warm momentum buffer."""
@@ -102,7 +105,7 @@ class Bench:
         """
         model, optimizer = self.model_and_optimizer()
         weights = hypertorch.Hyperparameter(torch.ones(count), hypertorch.positive, name="weights")
-        rows = torch.randint(count, (BATCH,), device=self.device)
+        rows = torch.randint(count, (self.batch,), device=self.device)
 
         def loss() -> Tensor:
             if count == 2:
