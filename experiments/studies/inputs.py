@@ -77,6 +77,8 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     jobs = list(itertools.product(LOADERS, settings.seeds))
     for name, seed in tqdm(jobs, desc="one λ per input", disable=not progress):
         found = _study_one(table(name, seed, settings.artificial), settings)
+        is_drawn = seed == settings.seeds[0]
+        found = [row for row in found if is_drawn or row["what"] != "decay"]  # as many as all else
         rows += [{"table": name, "seed": seed, **row} for row in found]
     save_numbers(folder, rows)
     inputs_figure(rows, folder.figure_file)
@@ -135,11 +137,15 @@ def _judged(
 
 
 def _path(data: Table, splits: list[Split], path: Sequence[Iteration]) -> list[Row]:
-    """At each λ of a path: λ itself, E, the test loss, and how wrong E and dE/dρ are."""
+    """At each λ of a path: λ itself, E, the test loss, and how wrong E and dE/dρ are.
+
+    Also how many inputs are off, and how many of these have dE/dλ_i < 0: their λ would grow on.
+    """
     rows: list[Row] = []
     for k, here in enumerate(path):
         values = here.hyperparameters["decays"].numpy()
         error, slope = error_and_slope(data, splits, values)
+        is_off = freedom(data, values) < OFF
         wrong = values * (here.hypergradient["decays"].numpy() - slope)
         rows.append(
             {
@@ -148,7 +154,8 @@ def _path(data: Table, splits: list[Split], path: Sequence[Iteration]) -> list[R
                 "error": here.outer_loss,
                 "error_of_error": abs(here.outer_loss / error - 1),
                 "error_of_slope": np.linalg.norm(wrong) / np.linalg.norm(values * slope),
-                "outward": int(np.sum(slope < 0)),
+                "off": int(is_off.sum()),
+                "off_and_growing": int((is_off & (slope < 0)).sum()),
                 **data.score(fitted(data, values)),
             }
         )
@@ -234,7 +241,13 @@ def _ends(path: Sequence[Row]) -> dict[str, Any]:
         for place, k in (("first", 0), ("last", -1))
     }
     least = [min(row["test_loss"] for row in rows) for rows in paths]
-    return {**found, "test_loss_least": spread(least), "steps": [len(rows) for rows in paths]}
+    return {
+        **found,
+        "test_loss_least": spread(least),
+        "steps": [len(rows) for rows in paths],
+        "off": sum(rows[-1]["off"] for rows in paths),
+        "off_and_growing": sum(rows[-1]["off_and_growing"] for rows in paths),
+    }
 
 
 def _sentence(name: str, found: dict[str, Any]) -> str:

@@ -21,7 +21,7 @@ UNITS = {"diabetes": "mean squared error", "breast_cancer": "cross-entropy, nats
 REAL, ARTIFICIAL = "#0072b2", "#d55e00"
 DRAWN = "λ per input, folds"
 COLOURS = {"λ per input, folds": "#d55e00", "only raised, folds": "#009e73"}
-NAMES = {"λ per input, folds": "any λ", "only raised, folds": "λ only raised"}
+NAMES = {"λ per input, folds": "any λ", "only raised, folds": "only raised"}
 COLUMNS = {
     "λ per input, hold-out": "any λ, one split",
     "λ per input, folds": "any λ, folds",
@@ -40,7 +40,7 @@ def inputs_figure(rows: Rows, path: Path) -> None:
         path: of the PNG.
     """
     figure, axes = plt.subplots(
-        2, 4, figsize=(19, 13), layout="constrained", height_ratios=[1, 1.5],
+        2, 4, figsize=(14, 9.4), layout="constrained", height_ratios=[1, 1.5],
         width_ratios=[1.15, 1, 1.1, 1],
     )  # fmt: skip
     for panels, name in zip(axes, TITLES, strict=True):
@@ -49,6 +49,8 @@ def inputs_figure(rows: Rows, path: Path) -> None:
         _plot_off(panels[1], own)
         _plot_overfitting(panels[2], own, UNITS[name])
         _plot_truncated(panels[3], own)
+    for panel in axes.flat:
+        panel.title.set_fontsize(10.5)
     save_figure(figure, path)
 
 
@@ -70,13 +72,13 @@ def _plot_paths(axes: Axes, rows: Rows, name: str) -> None:
         axes.plot(
             _column(path, "step"), _column(path, "value"),
             color=ARTIFICIAL if end["artificial"] else REAL, ls="--" if end["artificial"] else "-",
-            lw=1.6, alpha=0.8, zorder=1 + end["artificial"],
+            lw=1.4, zorder=1 + end["artificial"],
         )  # fmt: skip
         if end["off"]:
             axes.plot(path[-1]["step"], path[-1]["value"], "x", color="black", ms=7, zorder=4)
     axes.plot([], [], color=REAL, label="real input")
-    axes.plot([], [], color=ARTIFICIAL, ls="--", label="artificial (shuffled) input")
-    axes.plot([], [], "x", color="black", ls="none", label="switched off (γ < 0.1)")
+    axes.plot([], [], color=ARTIFICIAL, ls="--", label="artificial input")
+    axes.plot([], [], "x", color="black", ls="none", label="off (γ < 0.1)")
     axes.set(yscale="log", xlabel="accepted step of λ", ylabel="λ of each input (alpha, 1 / C)")
     axes.set_title(f"{TITLES[name]}, one λ per input; split {first}")
     axes.grid(alpha=0.3)
@@ -93,8 +95,8 @@ def _plot_off(axes: Axes, rows: Rows) -> None:
         ]
     )
     mesh = axes.imshow(shares, cmap="Greys", vmin=0, vmax=1, aspect="auto", interpolation="none")
-    axes.set_xticks(range(len(columns)), columns.values(), rotation=30, ha="right", fontsize=9)
-    axes.set_yticks(range(len(inputs)), [i["input"] for i in inputs], fontsize=8.5)
+    axes.set_xticks(range(len(columns)), columns.values(), rotation=30, ha="right", fontsize=8)
+    axes.set_yticks(range(len(inputs)), [i["input"] for i in inputs], fontsize=7.5)
     for label, i in zip(axes.get_yticklabels(), inputs, strict=True):
         label.set_color(ARTIFICIAL if i["artificial"] else REAL)
     axes.set_title("Switched off, share of the splits")
@@ -102,30 +104,40 @@ def _plot_off(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_overfitting(axes: Axes, rows: Rows, unit: str) -> None:
-    """E and the test loss along the paths, less where they began: means over the splits."""
+    """E and the test loss along the paths, less where they began: means; ends of each split."""
+    largest = 0.0
     for method, colour in COLOURS.items():
         path = _of(rows, "path", method=method)
         runs = [[r for r in path if r["seed"] == s] for s in dict.fromkeys(r["seed"] for r in path)]
         length = max(map(len, runs))
-        for key, style, label in (
-            ("error", "-", "E, held-out folds"),
-            ("test_loss", "--", "test rows"),
+        for key, style, mark, label in (
+            ("error", "-", "o", "E"),
+            ("test_loss", "--", "D", "test"),
         ):
             held = [_held(_column(run, key), length) for run in runs]
             changes = np.array([values - values[0] for values in held])
             axes.plot(
-                changes.mean(0), color=colour, ls=style, lw=2.2, label=f"{label}; {NAMES[method]}"
+                changes.mean(0), color=colour, ls=style, lw=2.4, label=f"{label}; {NAMES[method]}"
             )
-            for change in changes:
-                axes.plot(change, color=colour, ls=style, lw=0.6, alpha=0.35)
-    changes_of_loss = _column(_of(rows, "path"), "error")
-    reach = np.ptp(changes_of_loss)
+            ends = np.full(len(changes), 1.06 * (length - 1))
+            axes.plot(ends, changes[:, -1], mark, color=colour, ms=5, mfc="none")
+            largest = max(largest, float(np.abs(changes).max()))
     axes.axhline(0, color="0.4", lw=0.8)
-    axes.set_yscale("symlog", linthresh=0.02 if reach < 1 else 0.05)
+    height = 0.47
+    if largest > 0.1:
+        axes.set_yscale("symlog", linthresh=0.01)
+        height = 0.56
     axes.set(xlabel="accepted step of λ", ylabel=f"change since one λ for all ({unit})")
-    axes.set_title("What E gains, and what the test rows get")
+    axes.set_title("What E gains, what test rows get")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize="small", title="mean; thin: each split", title_fontsize="small")
+    title = "mean; marks: splits"
+    axes.legend(
+        fontsize="small",
+        title=title,
+        title_fontsize="small",
+        loc="center",
+        bbox_to_anchor=(0.5, height),
+    )
 
 
 def _held(values: np.ndarray, length: int) -> np.ndarray:
@@ -139,9 +151,9 @@ def _plot_truncated(axes: Axes, rows: Rows) -> None:
         errors = [_column([r for r in own if r["steps"] == k], "error") for k in steps]
         axes.plot(steps, [np.median(e) for e in errors], color=colour, lw=2, label=label)
         for k, values in zip(steps, errors, strict=True):
-            axes.plot([k] * len(values), values, "o", color=colour, ms=4, alpha=0.5)
-    axes.set(xscale="log", yscale="log", xlabel="steps K of gradient descent from w = 0")
+            axes.plot([k] * len(values), values, "o", color=colour, ms=4, mfc="none")
+    axes.set(xscale="log", yscale="log", xlabel="steps K of gradient descent")
     axes.set_ylabel("relative error of dE/dρ (against w(λ), closed form)")
-    axes.set_title("An inner problem that has not converged")
+    axes.set_title("Before convergence")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", title="median; a point per split", title_fontsize="small")
