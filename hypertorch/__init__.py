@@ -7,6 +7,7 @@ loss, usually the validation loss.
 
 from . import bilevel, constraints
 from .bilevel import HOAG
+from .calibration import calibrated_cross_entropy
 from .check import check_hypergradient
 from .constraints import interval, positive, real, simplex, unit_interval
 from .dynamics import register_dynamics
@@ -30,6 +31,7 @@ from .hypergradients import (
     Forward,
     Implicit,
     OneStep,
+    PerHyperparameter,
     Replay,
     Unroll,
 )
@@ -37,8 +39,9 @@ from .hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
     NormalConjugateGradient,
-    Nystrom,
+    TruncatedConjugateGradient,
 )
+from .hypergradients.nystrom import Nystrom
 from .hyperparameters import Hyperparameter
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
@@ -68,14 +71,17 @@ __all__ = [
     "NormalConjugateGradient",
     "Nystrom",
     "OneStep",
+    "PerHyperparameter",
     "Replay",
     "Safeguards",
     "SolverError",
+    "TruncatedConjugateGradient",
     "Unroll",
     "UnsupportedError",
     "ValidationLoss",
     "WindowError",
     "bilevel",
+    "calibrated_cross_entropy",
     "check_hypergradient",
     "constraints",
     "hypergradient",

@@ -3,11 +3,13 @@
 The default rule needs no tuning; any `torch.optim` optimizer over the ρ can take its place.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .errors import ArgumentError
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -27,7 +29,8 @@ class GatedSign(torch.optim.Optimizer):
 
     Args:
         params: the raw ρ.
-        max_step: κ, in ρ's units: for a positive λ, nats (0.2 is 22 % at most per update).
+        max_step: κ, in ρ's units: for a positive λ, nats (0.2 is 22 % at most per update). Or one
+            for each hyperparameter, in the order in which they are learned.
         decay: γ in [0, 1).
 
     Cost: two vectors of ρ's size; no host synchronisation.
@@ -44,16 +47,29 @@ class GatedSign(torch.optim.Optimizer):
         A significance gate as in COHG (2026); steps by the sign as in Micaelli and Storkey 2021.
     """
 
-    def __init__(self, params: Iterable[Tensor], max_step: float = 0.2, decay: float = 0.8) -> None:
+    def __init__(
+        self,
+        params: Iterable[Tensor],
+        max_step: float | Sequence[float] = 0.2,
+        decay: float = 0.8,
+    ) -> None:
+        params = list(params)
+        if not isinstance(max_step, (int, float)) and len(max_step) != len(params):
+            raise ArgumentError(
+                "`max_step` of GatedSign must be a number, or one for each hyperparameter. "
+                f"Got {len(max_step)} for {len(params)}."
+            )
         super().__init__(params, {"max_step": max_step, "decay": decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every ρ that has a gradient."""
         for group in self.param_groups:
-            for raw in group["params"]:
+            most, params = group["max_step"], group["params"]
+            steps = [most] * len(params) if isinstance(most, (int, float)) else most
+            for raw, max_step in zip(params, steps, strict=True):
                 if raw.grad is not None:
-                    self._move(raw, raw.grad, group["max_step"], group["decay"])
+                    self._move(raw, raw.grad, max_step, group["decay"])
 
     def _move(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
         state = self.state[raw]

@@ -17,7 +17,7 @@ RANKS = [
     {"errors"},
     {"constraints"},
     {"hyperparameters", "state", "wrapper"},
-    {"dynamics", "validation"},
+    {"dynamics", "validation", "calibration"},
     {"transition", "double_backward", "dual_numbers"},
     {"param_groups"},
     {"hypergradients", "outer", "safeguards", "monitor"},

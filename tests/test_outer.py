@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import assert_identical, batches, built, learned, mlp, network, train, wrapped
 
-from hypertorch import GatedSign
+from hypertorch import ArgumentError, GatedSign
 
 
 def by_definition(history, max_step, decay):
@@ -160,3 +160,14 @@ def test_with_learning_off_no_rule_is_built_and_nothing_moves():
     train(model, optimizer, batches(12))
     assert_identical(before, learned(optimizer))
     assert optimizer.hypergradients is None and optimizer.cost == 12
+
+
+def test_each_hyperparameter_may_have_a_step_of_its_own():
+    one, two = (torch.zeros(2, requires_grad=True) for _ in range(2))
+    rule = GatedSign([one, two], max_step=(0.1, 0.7))
+    one.grad, two.grad = torch.tensor([1.0, -1.0]), torch.tensor([-1e-9, 1e3])
+    rule.step()
+    assert torch.equal(one.detach(), torch.tensor([-0.1, 0.1]))
+    assert torch.equal(two.detach(), torch.tensor([0.7, -0.7]))
+    with pytest.raises(ArgumentError, match=r"one for each hyperparameter\. Got 3 for 2"):
+        GatedSign([one, two], max_step=(0.1, 0.2, 0.3))

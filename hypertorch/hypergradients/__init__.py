@@ -7,6 +7,7 @@ from .first_order import FirstOrder
 from .forward import Forward
 from .implicit import Implicit
 from .one_step import OneStep
+from .per_hyperparameter import PerHyperparameter
 from .replay import Replay
 from .unroll import Unroll
 
@@ -20,6 +21,7 @@ __all__ = [
     "Implicit",
     "OneStep",
     "OuterLoss",
+    "PerHyperparameter",
     "Replay",
     "Training",
     "TrainingStep",

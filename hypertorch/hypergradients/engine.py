@@ -154,8 +154,8 @@ class Engine(ABC):
             an error rate.
     """
 
-    needs: ClassVar[Literal["gradients", "loss", "closure"]]
-    differentiates_twice: ClassVar[bool] = True
+    needs: Literal["gradients", "loss", "closure"]
+    differentiates_twice: bool = True
     differentiates_outer_loss: ClassVar[bool] = True
 
     def check(self, training: Training) -> None:

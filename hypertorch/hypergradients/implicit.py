@@ -20,14 +20,16 @@ from .linear_solvers import (
     FixedPoint,
     LinearSolver,
     NormalConjugateGradient,
-    Nystrom,
+    TruncatedConjugateGradient,
 )
 from .linear_system import Solution, norm
-from .recording import gradients
+from .nystrom import Nystrom
 from .stationarity import OfState, OfWeights, Stationarity, is_torch_own
 
 #: Settings of torch's own Φ in which its fixed point may move; ε only with decoupled decay.
 _MOVE_THE_WEIGHTS = ("weight_decay", "eps")
+#: Solvers of a symmetric system.
+_SYMMETRIC = (ConjugateGradient, Nystrom, TruncatedConjugateGradient)
 #: Settings of any other Φ that are taken for what these words mean.
 _DO_NOT = ("lr", "momentum", "dampening")
 
@@ -73,14 +75,16 @@ class Implicit(Engine):
     I − Aᵀ, which is not symmetric and which only `NormalConjugateGradient` can solve.
     `ConjugateGradient` is the fastest where the inner problem is convex, and reports where it is
     not. Far from a fixed point of a network it seldom is: `NormalConjugateGradient` goes on there,
-    as does a short series, `FixedPoint(rtol=0, max_steps=5)`, which v's warm start lengthens.
+    as do a short series, `FixedPoint(rtol=0, max_steps=5)`, which v's warm start lengthens, and
+    `TruncatedConjugateGradient()`, which is a longer one at the same price.
 
     Args:
         solver: of the linear system; default `NormalConjugateGradient(max_steps=50)`, at most 101
             products. With `rtol=0` all `max_steps` steps are made and nothing is warned of:
             `FixedPoint(rtol=0, max_steps=K)` without `warm_start` is K terms of the Neumann series.
         inner_loss: a closure that computes the loss whose fixed point is meant, such as that of all
-            training data, at the weights the model holds; default: that of the last step.
+            training data, at the weights the model holds; default: that of the last step. With it
+            training steps are plain ones, and the loop may stay as it is.
         warm_start: whether v starts from the last window's.
 
     Attributes:
@@ -115,8 +119,6 @@ class Implicit(Engine):
         2 and 3; for Φ in place of ∇L, Grazzi et al. 2020 (AID-FP, AID-CG) and Clarke et al. 2022.
     """
 
-    needs = "loss"
-
     def __init__(
         self,
         solver: LinearSolver | None = None,
@@ -136,6 +138,7 @@ class Implicit(Engine):
                 f"Got {type(inner_loss).__name__}."
             )
         self.inner_loss, self.warm_start = inner_loss, warm_start
+        self.needs = "loss" if inner_loss is None else "gradients"
         self.last: Report | None = None
         self._has_warned = False
 
@@ -153,7 +156,7 @@ class Implicit(Engine):
                 )
         owner = type(training.optimizer).__name__
         if not is_torch_own(training.dynamics):
-            if isinstance(self.solver, (ConjugateGradient, Nystrom)):
+            if isinstance(self.solver, _SYMMETRIC):
                 raise UnsupportedError(
                     f"`{type(self.solver).__name__}` needs a symmetric system, and that of "
                     f"{owner} is I − Aᵀ. Use `FixedPoint` or `NormalConjugateGradient`."
@@ -174,16 +177,18 @@ class Implicit(Engine):
     def open(self, training: Training, carried: Carried | None = None) -> "ImplicitWindow":
         """Start from the present weights and buffers, and from the last window's v."""
         self.check(training)
-        return ImplicitWindow(self, training, carried)
+        kind = ImplicitWindow if self.inner_loss is None else LiveImplicitWindow
+        return kind(self, training, carried)
 
     def cost(self, horizon: int, training: Training) -> float:
-        """Return K + 1 + 2 (products + 1), with the products of the latest window.
+        """Return K + 1 + 2 products, with the products of the latest window.
 
         Before there was one, as many as `solver.max_steps`. A gradient of `inner_loss` is counted
-        as one.
+        as one, and Bᵀ v of what is in the loss as one product more.
         """
         products = self.solver.max_steps if self.last is None else self.last.products
-        return horizon + 1 + 2 * (products + 1) + (self.inner_loss is not None)
+        products += bool(training.in_loss)
+        return horizon + 1 + 2 * products + (self.inner_loss is not None)
 
     def system(self, linearised: Linearised) -> Stationarity:
         """Return the linear system that the solver gets."""
@@ -245,16 +250,13 @@ class ImplicitWindow(Window):
         self._adjoint: list[Tensor] | None = (carried or {}).get("adjoint")
         self._transition: Transition | None = None
         self._linearised: Linearised | None = None
-        self._before = self.params
+        self._before: Sequence[Tensor] = self.params
 
     def step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
         self._transition = step.transition
-        if self._engine.inner_loss is None:
-            self._linearised = self._at(step.with_graph())
-            grads = [None if g is None else g.detach() for g in self._linearised.grads]
-        else:
-            grads = gradients(step.with_graph(), self.params)
+        self._linearised = self._at(step.with_graph())
+        grads = [None if g is None else g.detach() for g in self._linearised.grads]
         step.check(grads)
         with torch.no_grad():
             following = step.transition(self._state, grads)
@@ -297,19 +299,40 @@ class ImplicitWindow(Window):
         return loss.detach(), {n: part + through[n] for n, part in direct.items()}
 
     def _present(self) -> Linearised:
-        """Return the step to differentiate: the last one, or one along the engine's own loss."""
-        if self._engine.inner_loss is None:
-            assert self._linearised is not None
-            return self._linearised
-        return self._at(self._engine.inner_loss())
+        """Return the step to differentiate: the last one."""
+        assert self._linearised is not None
+        return self._linearised
 
     def close(self) -> Carried | None:
         """Write weights and buffers to the live parameters and optimizer; v goes on."""
         self._linearised = None
         self.training.slots.hand_back(self.params)
         set_state(self.training.optimizer, self._state.buffers)
+        return self._carried()
+
+    def _carried(self) -> Carried | None:
         goes_on = self._engine.warm_start and self._adjoint is not None
         return {"adjoint": self._adjoint} if goes_on else None
+
+
+class LiveImplicitWindow(ImplicitWindow):
+    """Training steps on the live weights; what is differentiated is a step along `inner_loss`."""
+
+    def step(self, step: TrainingStep) -> None:
+        """Make the step by the optimizer itself."""
+        self._transition = step.transition
+        self._before = [p.detach().clone() for p in self.params]
+        step.make(None)
+
+    def _present(self) -> Linearised:
+        """Return a step from where the weights are now, along the engine's own loss."""
+        assert self._engine.inner_loss is not None
+        self._state = State.of(self.training.optimizer)
+        return self._at(self._engine.inner_loss())
+
+    def close(self) -> Carried | None:
+        """Let v go on; nothing is to be handed back."""
+        return self._carried()
 
 
 def _displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:

@@ -183,7 +183,7 @@ def test_the_loss_of_all_data_in_place_of_the_mini_batchs():
     assert not torch.allclose(w, ridge.rest)
     found = optimizer.hypergradients["weight_decay"].item()
     assert found == pytest.approx(ridge.slope(w), rel=1e-10)
-    assert optimizer.cost == 1 + 1 + 2 * (engine.last.products + 1) + 1
+    assert optimizer.cost == 1 + 1 + 2 * engine.last.products + 1
 
 
 def test_only_the_last_step_of_a_window_counts():

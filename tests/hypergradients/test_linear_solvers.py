@@ -15,8 +15,9 @@ from hypertorch.hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
     NormalConjugateGradient,
-    Nystrom,
+    TruncatedConjugateGradient,
 )
+from hypertorch.hypergradients.nystrom import Nystrom
 
 f64 = {"dtype": torch.float64}
 SHAPES = [(2, 3), (), (5,)]  # a matrix, a scalar and a vector: n = 12
@@ -218,6 +219,28 @@ INDEFINITE = {
     "singular, b outside its range": spd(smallest=0.0),
     "zero": torch.zeros(N, N, **f64),
 }
+
+
+@pytest.mark.parametrize("steps", [0, 1, 2, 5])
+def test_truncated_conjugate_gradient_makes_the_steps_of_conjugate_gradient(steps):
+    m, b = spd(), random(N, seed=1)
+    product = Product(m)
+    truncated = TruncatedConjugateGradient(max_steps=steps).solve(product, split(b))
+    whole = solved(ConjugateGradient(rtol=0, max_steps=steps), m, b)
+    assert torch.allclose(flat(truncated.value), flat(whole.value), rtol=1e-12, atol=1e-14)
+    assert truncated.residual == pytest.approx((b - m @ flat(truncated.value)).norm().item())
+    assert truncated.matvecs == product.calls == steps  # none to check the residual
+
+
+def test_truncated_conjugate_gradient_ends_at_negative_curvature():
+    b = random(N, seed=1)
+    assert torch.equal(flat(solved(TruncatedConjugateGradient(), -spd(), b).value), b)
+    values = torch.cat([torch.tensor([-1.0], **f64), torch.linspace(1, 3, N - 1, **f64)])
+    m = torch.diag(values)
+    for steps in (1, 3, 8, 20):
+        v = flat(solved(TruncatedConjugateGradient(max_steps=steps), m, b).value)
+        assert v @ b > 0 and v.isfinite().all()
+    assert v @ m @ v > 0  # what was kept lies where the curvature is positive
 
 
 @pytest.mark.parametrize("m", INDEFINITE.values(), ids=INDEFINITE)

@@ -1,0 +1,159 @@
+"""dE/dλ_j by a method of its own for each λ_j, of the same training steps and the same E.
+
+What is right for one hyperparameter may be blind to another: η moves the weights at once, weight
+decay by where training would come to rest.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..errors import ArgumentError, ArgumentTypeError
+from ..transition import Gradients
+from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, Window
+
+
+class PerHyperparameter(Engine):
+    """Several engines side by side, each of which computes some of the hypergradients.
+
+    The steps are made once, on the live weights, so that each engine must be content with the
+    gradients in `.grad`: `FirstOrder`, and `Implicit` with an `inner_loss` of its own. A training
+    loop stays as it is.
+
+    Args:
+        engines: by the name of what is learned; the same object under several names is one engine.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: there is none, or one of them needs the loss.
+
+    Cost: what each engine adds to the training steps, its gradient of E included.
+
+    Example:
+        >>> import torch
+        >>> from hypertorch import FirstOrder, HyperOptimizer, Implicit, TruncatedConjugateGradient
+        >>> model, x, y = torch.nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
+        >>> def loss():
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> implicit = Implicit(TruncatedConjugateGradient(), inner_loss=loss)
+        >>> optimizer = HyperOptimizer(
+        ...     torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-3),
+        ...     model,
+        ...     outer_loss=loss,
+        ...     engine=PerHyperparameter({"lr": FirstOrder(), "weight_decay": implicit}),
+        ... )
+        >>> for _ in range(20):
+        ...     optimizer.zero_grad()
+        ...     loss().backward()
+        ...     _ = optimizer.step()
+        >>> sorted(optimizer.hypergradients)
+        ['lr', 'weight_decay']
+    """
+
+    needs = "gradients"
+
+    def __init__(self, engines: Mapping[str, Engine]) -> None:
+        if not isinstance(engines, Mapping):
+            raise ArgumentTypeError(
+                "`engines` must map names to engines. "
+                f'Got {type(engines).__name__}. Pass {{"lr": FirstOrder(), …}}.'
+            )
+        if not engines:
+            raise ArgumentError("`engines` is empty. Give each learned name an engine.")
+        for name, engine in engines.items():
+            if not isinstance(engine, Engine):
+                raise ArgumentTypeError(
+                    f"The engine of `{name}` must be one such as FirstOrder(). "
+                    f"Got {type(engine).__name__}."
+                )
+            if engine.needs != "gradients":
+                raise ArgumentError(
+                    f"`PerHyperparameter` cannot give `{name}` to {engine!r}, which makes the "
+                    "steps itself. Use `FirstOrder()`, or `Implicit(…, inner_loss=…)`."
+                )
+        self.engines = dict(engines)
+        self.differentiates_twice = any(e.differentiates_twice for e in engines.values())
+
+    def check(self, training: Training) -> None:
+        """Refuse a hyperparameter without an engine, and what its engine refuses.
+
+        Raises:
+            ArgumentError: names what has no engine, or is not learned.
+            UnsupportedError: from the engine.
+        """
+        learned, given = set(training.hyperparameters), set(self.engines)
+        if learned != given:
+            raise ArgumentError(
+                "`PerHyperparameter` needs an engine for each learned name, and for no other. "
+                f"Learned: {', '.join(sorted(learned))}; engines: {', '.join(sorted(given))}."
+            )
+        for engine, own in self._shares(training):
+            engine.check(own)
+
+    def _shares(self, training: Training) -> list[tuple[Engine, Training]]:
+        """Return each engine once, with what it learns."""
+        found = []
+        for engine in {id(e): e for e in self.engines.values()}.values():
+            names = [name for name in training.hyperparameters if self.engines[name] is engine]
+            own = {name: training.hyperparameters[name] for name in names}
+            found.append((engine, replace(training, hyperparameters=own)))
+        return found
+
+    def open(self, training: Training, carried: Carried | None = None) -> "SharedWindow":
+        """Open a window of each engine at the present state."""
+        shares = self._shares(training)
+        parts = (carried or {}).get("parts") or [None] * len(shares)
+        windows = [engine.open(own, c) for (engine, own), c in zip(shares, parts, strict=True)]
+        return SharedWindow(training, windows)
+
+    def cost(self, horizon: int, training: Training) -> float:
+        """Return K + Σ (what each engine adds)."""
+        added = [engine.cost(horizon, own) - horizon for engine, own in self._shares(training)]
+        return horizon + sum(added)
+
+    def __repr__(self) -> str:
+        return f"PerHyperparameter({self.engines!r})"
+
+
+class SharedWindow(LiveWindow):
+    """Live steps that several windows see.
+
+    Args:
+        training: what is trained and learned.
+        windows: one per engine, at the same state.
+    """
+
+    def __init__(self, training: Training, windows: Sequence[Window]) -> None:
+        super().__init__(training)
+        self._windows = list(windows)
+
+    def step(self, step: TrainingStep) -> None:
+        """Let each window see the step before it is made, and again after, by nesting them."""
+        self._nested(step, 0)
+
+    def _nested(self, step: TrainingStep, first: int) -> None:
+        if first == len(self._windows):
+            step.make(None)
+            return
+
+        def make(_: Gradients | None) -> None:
+            self._nested(step, first + 1)
+
+        self._windows[first].step(TrainingStep(step.transition, make, step.loss))
+
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E, and dE/dλ from each engine.
+
+        Raises:
+            HypertorchError: what one of the engines raises.
+        """
+        found: dict[str, Tensor] = {}
+        for window in self._windows:
+            loss, own = window.hypergradient(outer_loss)
+            found.update(own)
+        return loss, {name: found[name] for name in self.training.hyperparameters}
+
+    def close(self) -> Carried | None:
+        """Close each window; return what goes on, by engine."""
+        parts = [window.close() for window in self._windows]
+        return {"parts": parts} if any(part is not None for part in parts) else None

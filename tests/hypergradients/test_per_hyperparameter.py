@@ -1,0 +1,205 @@
+"""One engine for each hyperparameter: the numbers of each alone, one training, one loop."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+import hypertorch
+from hypertorch import (
+    ArgumentError,
+    ArgumentTypeError,
+    FirstOrder,
+    HyperOptimizer,
+    Implicit,
+    OneStep,
+    PerHyperparameter,
+    TruncatedConjugateGradient,
+    Unroll,
+    UnsupportedError,
+    calibrated_cross_entropy,
+    hypergradient,
+)
+
+STILL = partial(torch.optim.SGD, lr=0.0)
+
+
+class Digits:
+    """A small net with dropout and BatchNorm, and batches of made-up classes."""
+
+    def __init__(self, seed=0, norm=True):
+        generator = torch.Generator().manual_seed(seed)
+        torch.manual_seed(seed)
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(6, 8),
+            torch.nn.BatchNorm1d(8) if norm else torch.nn.Identity(),
+            torch.nn.Tanh(),
+            torch.nn.Linear(8, 3),
+        ).double()
+        x = torch.randn(12, 16, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (12, 16), generator=generator)
+        self.batches, self.validation = list(zip(x[:-1], y[:-1], strict=True)), (x[-1], y[-1])
+        self.batch = self.batches[0]
+        self.bare = torch.optim.SGD(
+            self.model.parameters(), lr=0.07, momentum=0.6, weight_decay=0.02, nesterov=True
+        )
+
+    def loss(self):
+        x, y = self.batch
+        return cross_entropy(self.model(x), y)
+
+    def outer(self):
+        self.model.eval()
+        x, y = self.validation
+        return calibrated_cross_entropy(self.model(x), y)
+
+    def implicit(self):
+        return Implicit(TruncatedConjugateGradient(max_steps=4), inner_loss=self.loss)
+
+    def both(self):
+        return PerHyperparameter({"lr": FirstOrder(), "weight_decay": self.implicit()})
+
+    def wrapped(self, engine, **options):
+        options = {"window": 3, "update_every": 4, "outer": STILL} | options
+        return HyperOptimizer(self.bare, self.model, self.outer, engine=engine, **options)
+
+    def train(self, optimizer, steps, first=0):
+        """The loop of someone who never heard of this library."""
+        for k in range(first, first + steps):
+            self.batch = self.batches[k % len(self.batches)]
+            self.model.train()
+            optimizer.zero_grad()
+            self.loss().backward()
+            optimizer.step()
+
+
+def test_each_number_is_that_of_its_engine_alone():
+    found = {}
+    for name in ("lr", "weight_decay", "both"):
+        task = Digits()
+        engine = {"lr": FirstOrder(), "weight_decay": task.implicit(), "both": task.both()}[name]
+        learn = ("lr", "weight_decay") if name == "both" else (name,)
+        optimizer = task.wrapped(engine, learn=learn)
+        task.train(optimizer, 7)
+        found[name] = optimizer.hypergradients
+        assert list(found[name]) == list(learn)
+    for name in ("lr", "weight_decay"):
+        assert found["both"][name].item() == found[name][name].item() != 0
+
+
+def test_the_functional_form_leaves_no_trace():
+    task = Digits()
+    optimizer = task.wrapped(task.both(), outer=None)
+    before = copy.deepcopy(task.model.state_dict())
+    found = hypergradient(optimizer, [task.loss] * 3, task.outer, task.both())
+    alone = hypergradient(
+        HyperOptimizer(task.bare, task.model, learn="lr", outer=None),
+        [task.loss] * 3,
+        task.outer,
+        FirstOrder(),
+    )
+    assert found["lr"].item() == alone["lr"].item()
+    for name, value in task.model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_the_weights_train_as_they_would_without():
+    one, two = Digits(), Digits()
+    optimizer = one.wrapped(one.both())
+    one.train(optimizer, 9)
+    two.train(two.bare, 9)
+    for a, b in zip(one.model.parameters(), two.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert optimizer.hypergradients["lr"].abs() > 0
+
+
+def test_it_learns_and_resumes_to_the_bit():
+    runs = []
+    for stops in (False, True):
+        task = Digits()
+        optimizer = task.wrapped(task.both(), outer=hypertorch.GatedSign)
+        task.train(optimizer, 6)
+        state = copy.deepcopy((task.model.state_dict(), optimizer.state_dict()))
+        if stops:
+            task = Digits()
+            optimizer = task.wrapped(task.both(), outer=hypertorch.GatedSign)
+            task.model.load_state_dict(state[0])
+            optimizer.load_state_dict(state[1])
+        task.train(optimizer, 9, first=6)
+        runs.append((optimizer, task.model))
+    (one, first), (two, second) = runs
+    for name in ("lr", "weight_decay"):
+        assert one.hyperparameters[name]().item() == two.hyperparameters[name]().item()
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        assert torch.equal(a, b)
+    assert one.hyperparameters["weight_decay"]().item() != pytest.approx(0.02, rel=1e-3)
+
+
+def test_its_cost_is_what_each_engine_adds():
+    task = Digits()
+    implicit = task.implicit()
+    engine = PerHyperparameter({"lr": FirstOrder(), "weight_decay": implicit})
+    optimizer = task.wrapped(engine)
+    task.train(optimizer, 4)
+    assert implicit.last.products > 1
+    # E's gradient twice, that of the own loss, and the products
+    assert optimizer.cost == 4 + 1 + (1 + 1 + 2 * implicit.last.products)
+
+
+def test_a_weight_decay_that_overfits_is_seen_from_the_implicit_side():
+    """Against a central difference of E where training rests: more steps are more exact."""
+    task = Digits(norm=False)
+    task.bare.param_groups[0].update(lr=0.3, momentum=0.9, weight_decay=0.05)
+
+    def rests_at(weight_decay):
+        torch.manual_seed(1)
+        model = copy.deepcopy(task.model)
+        sgd = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9, weight_decay=weight_decay)
+        x, y = task.batches[0]
+        for _ in range(4000):
+            sgd.zero_grad()
+            cross_entropy(model(x), y).backward()
+            sgd.step()
+        return model
+
+    def outer(model):
+        return calibrated_cross_entropy(model(task.validation[0]), task.validation[1])
+
+    step = 1e-4
+    slope = (outer(rests_at(0.05 + step)) - outer(rests_at(0.05 - step))).item() / (2 * step)
+    task.model.load_state_dict(rests_at(0.05).state_dict())
+    optimizer = HyperOptimizer(task.bare, task.model, learn="weight_decay", outer=None)
+    errors = []
+    for steps in (2, 5, 20, 200):
+        engine = Implicit(TruncatedConjugateGradient(max_steps=steps), inner_loss=task.loss)
+        found = hypergradient(optimizer, [task.loss], lambda: outer(task.model), engine)
+        errors.append(abs(found["weight_decay"].item() / slope - 1))
+    assert errors[-1] < 1e-3 < errors[0]
+    assert errors[-1] < errors[1]
+
+
+@pytest.mark.parametrize(
+    ("engines", "error", "says"),
+    [
+        (FirstOrder(), ArgumentTypeError, "must map names to engines. Got FirstOrder"),
+        ({}, ArgumentError, "`engines` is empty"),
+        ({"lr": 3}, ArgumentTypeError, "engine of `lr` must be one such as .* Got int"),
+        ({"lr": Unroll()}, ArgumentError, "cannot give `lr` to Unroll.* Use `FirstOrder"),
+        ({"lr": OneStep()}, ArgumentError, "cannot give `lr` to OneStep"),
+        ({"lr": Implicit()}, ArgumentError, "cannot give `lr` to Implicit"),
+    ],
+)
+def test_what_cannot_stand_beside_another_is_refused(engines, error, says):
+    with pytest.raises(error, match=says):
+        PerHyperparameter(engines)
+
+
+def test_names_without_an_engine_are_refused():
+    task = Digits()
+    with pytest.raises(ArgumentError, match="Learned: lr, weight_decay; engines: lr"):
+        task.wrapped(PerHyperparameter({"lr": FirstOrder()}))
+    implicit = task.implicit()
+    with pytest.raises(UnsupportedError, match="`Implicit` cannot learn `lr`"):
+        task.wrapped(PerHyperparameter({"lr": implicit, "weight_decay": implicit}))
