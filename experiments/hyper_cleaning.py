@@ -90,10 +90,11 @@ class Laboratory:
             nn.init.zeros_(parameter)
         return network
 
-    def optimizer(self, network: nn.Linear) -> torch.optim.SGD:
-        """Gradient descent with momentum: the same for everything that trains."""
+    def optimizer(self, network: nn.Linear, momentum: float | None = None) -> torch.optim.SGD:
+        """Gradient descent with momentum, by default that of the settings."""
         settings = self.settings
-        return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=settings.momentum)
+        momentum = settings.momentum if momentum is None else momentum
+        return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=momentum)
 
     def trained(self, examples: Examples, start: nn.Linear | None = None) -> nn.Linear:
         """The network after T steps on all `examples` at once, from zero or from `start`."""
@@ -199,9 +200,8 @@ def clean_nested(laboratory: Laboratory, horizon: int) -> Cleaned:
     """
     settings, network = laboratory.settings, laboratory.network()
     weights = new_weights(laboratory.n)
-    optimizer = hypertorch.HyperOptimizer(
-        laboratory.optimizer(network), network, learn=(weights,), outer=None
-    )
+    bare = laboratory.optimizer(network, settings.nested_momentum)
+    optimizer = hypertorch.HyperOptimizer(bare, network, learn=(weights,), outer=None)
     rule = torch.optim.SGD([weights.raw], lr=settings.nested_rate * laboratory.n)
     losses = [functools.partial(laboratory.weighted_loss, network, weights)] * horizon
     outer_loss = functools.partial(laboratory.validation_loss, network)

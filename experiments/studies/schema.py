@@ -57,7 +57,8 @@ class CleaningConfig:
     window: int = 20  # steps from one online update to the next, all of them differentiated
     rates: list[float] = field(default_factory=lambda: [1.0, 4.0, 16.0])  # online, times n
     updates: int = 8  # of the nested scheme
-    horizons: list[int] = field(default_factory=lambda: [60, 200])  # steps of its trainings
+    horizons: list[int] = field(default_factory=lambda: [100, 200])  # steps of its trainings
+    nested_momentum: float = 0.9  # of these
     nested_rate: float = 2.0  # times n
     root: str = "data"  # torchvision's folder
     archives: str = "/usr/share/datasets/fashion-mnist"  # unzipped into `root` if that lacks them
