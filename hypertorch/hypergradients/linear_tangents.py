@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..dual_numbers import dual, tangents_of
 from ..dynamics import Dynamics
 from ..hyperparameters import Setting
 from ..state import State
@@ -200,13 +201,17 @@ class LinearTangents:
             shelf.put(tensors)
 
     def _run(
-        self, table: Tensor, values: Mapping[str, Tensor]
+        self,
+        table: Tensor,
+        values: Mapping[str, Tensor],
+        seed: Callable[[str, Tensor], Tensor] = lambda name, value: value,
     ) -> Iterator[tuple[list[int], dict[str, Tensor]]]:
         """Run the window's Φ on what stands in the place of the rows.
 
         Args:
             table: for each row a matrix with one column for each tensor.
             values: λ, by name.
+            seed: puts something in the place of one setting's λ for these tensors.
 
         Yields:
             Columns, and what the parts of s_K are there; "average" is w̄_K, without w̄_0.
@@ -217,8 +222,9 @@ class LinearTangents:
             moves = tuple(step.moves[i] for step in self._steps)
             kinds.setdefault(_Kind(self._group[i], self._keys[i], moves), []).append(column)
         for kind, columns in kinds.items():
+            own_places = [places[c] for c in columns]
             own = {
-                name: _spread(setting, values[name], kind.group, [places[c] for c in columns])
+                name: seed(name, _spread(setting, values[name], kind.group, own_places))
                 for name, setting in self.settings.items()
             }
             yield columns, self._through(kind, table[..., columns], own)
@@ -272,37 +278,25 @@ class LinearTangents:
                     found[key][i] = vector
         return found
 
-    @torch.enable_grad()
+    @torch.no_grad()
     def _coefficients(
         self, count: int, columns: int
     ) -> Iterator[tuple[list[int], dict[tuple[str, str], Tensor]]]:
         """Yield columns, and z's coefficients over the rows there, by part and setting.
 
-        All numbers of a setting move together, since each tensor depends on one of them. Reverse
-        mode through reverse mode is forward mode: u ↦ uᵀ ∂s/∂λ is linear in u.
+        All numbers of a setting move together, since each tensor depends on one of them.
         """
-        values = {name: _on_host(h.value) for name, h in self.settings.items()}
-        shifts = {n: torch.zeros((), dtype=v.dtype, requires_grad=True) for n, v in values.items()}
         table = torch.eye(count, dtype=torch.float64).unsqueeze(-1).expand(-1, -1, columns)
-        for own, parts in self._run(table, {n: v + shifts[n] for n, v in values.items()}):
-            ends = {part: end for part, end in parts.items() if end.requires_grad}
-            if not ends:
-                continue
-            probes = {part: torch.zeros_like(end, requires_grad=True) for part, end in ends.items()}
-            transposed = torch.autograd.grad(
-                list(ends.values()),
-                list(shifts.values()),
-                list(probes.values()),
-                create_graph=True,
-                materialize_grads=True,
+        values = {name: _on_host(h.value) for name, h in self.settings.items()}
+        for own, parts in self._run(table, values, lambda name, v: dual(v, {name: 1.0})):
+            yield (
+                own,
+                {
+                    (part, name): torch.as_tensor(z, dtype=torch.float64).expand(count, len(own))
+                    for part, end in parts.items()
+                    for name, z in tangents_of(end).items()
+                },
             )
-            found: dict[tuple[str, str], Tensor] = {}
-            for name, slope in zip(shifts, transposed, strict=True):
-                zs = torch.autograd.grad(
-                    slope, list(probes.values()), retain_graph=True, materialize_grads=True
-                )
-                found |= {(part, name): z for part, z in zip(probes, zs, strict=True)}
-            yield own, found
 
 
 def _on_host(value: Tensor) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Rows of a block, at first and later on, and numbers that are kept at most for the next window.
-FIRST, LATER, MOST_KEPT = 4, 8, 2**24
+#: Rows of one block after another, and numbers that are kept at most for the next window.
+ROWS, MOST_KEPT = (4, 4, 16), 2**24
 
 
 class Spare:
@@ -73,7 +73,7 @@ class Shelf:
         """Add a row with copies of the state's `tensors`: zero where there is none."""
         capacity = sum(len(block) for block in self.blocks)
         if self.count == capacity:
-            rows = FIRST if capacity < LATER else LATER
+            rows = ROWS[min(len(self.blocks), len(ROWS) - 1)]
             self.blocks.append(self._spare.take(rows, self._like))
         position = self.count - sum(len(block) for block in self.blocks[:-1])
         parts = [
@@ -106,8 +106,10 @@ class Shelf:
         factors = coefficients.to(self._like).unbind(-1)
         found = {}
         for i, factor, rows in zip(self.places, factors, self._columns(), strict=True):
+            found[i] = factor.new_zeros(len(factor), rows[0].shape[1])
             pieces = factor.split([len(block) for block in rows], dim=1)
-            found[i] = sum(f @ block for f, block in zip(pieces, rows, strict=True))
+            for piece, block in zip(pieces, rows, strict=True):
+                found[i].addmm_(piece, block)
         return found
 
     def _columns(self) -> list[list[Tensor]]:
