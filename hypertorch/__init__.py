@@ -38,15 +38,15 @@ from .hypergradients import (
 from .hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
+    Lanczos,
     NormalConjugateGradient,
-    TruncatedConjugateGradient,
 )
 from .hypergradients.nystrom import Nystrom
 from .hyperparameters import Hyperparameter
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .safeguards import Safeguards
-from .start_up import search_lr
+from .start_up import search_lr, start_weight_decay
 from .validation import ValidationLoss
 
 __all__ = [
@@ -68,6 +68,7 @@ __all__ = [
     "HypertorchError",
     "HypertorchWarning",
     "Implicit",
+    "Lanczos",
     "NormalConjugateGradient",
     "Nystrom",
     "OneStep",
@@ -75,7 +76,6 @@ __all__ = [
     "Replay",
     "Safeguards",
     "SolverError",
-    "TruncatedConjugateGradient",
     "Unroll",
     "UnsupportedError",
     "ValidationLoss",
@@ -91,6 +91,7 @@ __all__ = [
     "register_dynamics",
     "search_lr",
     "simplex",
+    "start_weight_decay",
     "unit_interval",
 ]
 __version__ = "0.1.0"

@@ -60,13 +60,18 @@ class Hyperparameter:
     ) -> None:
         self.name = name or "hyperparameter"
         self.constraint = constraint
-        self.bounds = bounds
+        self.bound(bounds)
+        self.set(_as_tensor(value, self.name))
+
+    def bound(self, bounds: tuple[float, float] | None) -> None:
+        """Let outer updates keep λ inside `bounds` from now on."""
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ArgumentError(f"`bounds` of `{self.name}` must be ordered. Got {bounds}.")
+        self.bounds = bounds
         self._raw_bounds = [
-            to_raw(torch.tensor(b, dtype=torch.float64), constraint).item() for b in bounds or ()
+            to_raw(torch.tensor(b, dtype=torch.float64), self.constraint).item()
+            for b in bounds or ()
         ]
-        self.set(_as_tensor(value, self.name))
 
     def set(self, value: Tensor) -> None:
         """Let λ be `value`, in its own units; ρ follows."""

@@ -1,7 +1,8 @@
-"""`search_lr`: an η to start from, by a few training steps at each of some ten.
+"""Where learning starts: `search_lr` for η, and `start_weight_decay` for λ.
 
 A hypergradient says which way η should move, not how far; and a window at a far too large η ruins
-the weights before λ can follow. From any starting value, short trials settle both.
+the weights before λ can follow. From any starting value, short trials settle both. What a weight
+decay does within a run depends on η and on the run's length alone.
 """
 
 import math
@@ -11,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, HypertorchWarning
+from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was
 from .hypergradients import OuterLoss
 from .hypergradients.recording import gradients
@@ -82,6 +83,70 @@ def search_lr(
     lr.refresh()
     loop.settings_were_set(search.cost)
     return {search.start * factor: loss for factor, loss in sorted(search.found.items())}
+
+
+def start_weight_decay(optimizer: HyperOptimizer, steps: int) -> float:
+    """Let the learned λ start where a run of `steps` steps forgets its weights thrice.
+
+    A step shrinks the weights by η̂ λ, with η̂ = η (1 − d) / (1 − μ) for SGD with momentum μ and
+    dampening d, and η̂ = η where the decay is decoupled. Over T steps that is e to the minus
+
+        Λ = η̂ λ T.
+
+    Well below 1 a decay has no effect within the run, and far above 100 nothing else has. So λ
+    starts at Λ = 3, whatever it was, and stays within Λ = 0.1 … 300 from now on. Every group starts
+    at the same λ, that of the first group's η: call it after `search_lr`.
+
+    Args:
+        optimizer: learns `weight_decay`.
+        steps: T, of the whole run.
+
+    Returns:
+        λ.
+
+    Raises:
+        ArgumentError: `weight_decay` is not learned, or `steps` is not positive.
+        UnsupportedError: the decay passes through a second moment (Adam, RMSprop, Adagrad, …), and
+            shrinks the weights by what cannot be known.
+
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(3, 1)
+        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5.0)
+        >>> optimizer = HyperOptimizer(sgd, model, lambda: model(torch.ones(1, 3)).sum())
+        >>> round(start_weight_decay(optimizer, steps=1000), 6)  # 3 (1 − 0.9) / (0.1 · 1000)
+        0.003
+
+    References:
+        Wang and Aitchison 2024: the best 1 / (η λ) of AdamW is a share of the run.
+    """
+    decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
+    if not isinstance(decay, Setting) or loop is None:
+        raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")
+    if not steps > 0:
+        raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
+    optimizer.close()
+    one = 1 / (_shrinking(optimizer) * steps)  # λ at Λ = 1
+    decay.bound((0.1 * one, 300 * one))
+    decay.set(torch.full_like(decay.value.detach(), 3 * one))
+    decay.refresh()
+    loop.settings_were_set()
+    return 3 * one
+
+
+def _shrinking(optimizer: HyperOptimizer) -> float:
+    """Return η̂ of the first group: a step shrinks its weights by η̂ λ."""
+    group, lr = optimizer.param_groups[0], optimizer.hyperparameters.get("lr")
+    rate = float(group["lr"] if lr is None else lr.value.detach().flatten()[0])
+    if isinstance(optimizer.optimizer, torch.optim.SGD):
+        dampening = group["dampening"] if group["momentum"] else 0.0
+        return rate * (1 - float(dampening)) / (1 - float(group["momentum"]))
+    if group.get("decoupled_weight_decay"):
+        return rate
+    raise UnsupportedError(
+        f"`start_weight_decay` cannot tell what the decay of {type(optimizer.optimizer).__name__} "
+        "does to a weight: it passes through the second moment. Use AdamW, or SGD."
+    )
 
 
 class _Search:

@@ -9,7 +9,7 @@ from support import batches as noise
 from torch import Tensor, nn
 
 import hypertorch
-from hypertorch import HyperOptimizer, search_lr
+from hypertorch import HyperOptimizer, search_lr, start_weight_decay
 
 
 def batches(count: int, seed: int = 1) -> list[tuple[Tensor, Tensor]]:
@@ -117,3 +117,50 @@ def test_where_nothing_can_be_learned_the_lr_stays():
     with pytest.warns(hypertorch.HypertorchWarning, match="found no η that lowers"):
         search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(3)])
     assert optimizer.hyperparameters["lr"]().item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("SGD", {}), ("SGD", {"momentum": 0.8, "dampening": 0.3}), ("AdamW", {})],
+)
+@pytest.mark.parametrize("start", [1e-7, 0.5])
+def test_the_weight_decay_starts_where_a_run_forgets_thrice(name, options, start):
+    """With no gradient but its own, training shrinks a weight by e⁻³ within the run."""
+    model, steps = nn.Linear(1, 1, bias=False).double(), 400
+    bare = getattr(torch.optim, name)(model.parameters(), lr=0.05, weight_decay=start, **options)
+    optimizer = HyperOptimizer(bare, model, lambda: model.weight.sum())
+    found = start_weight_decay(optimizer, steps)
+    assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(found, rel=1e-6)
+    nn.init.ones_(model.weight)
+    for _ in range(steps):
+        bare.zero_grad()
+        (0 * model.weight).sum().backward()
+        bare.step()
+    assert model.weight.item() == pytest.approx(torch.tensor(-3.0).exp().item(), rel=0.1)
+
+
+def test_the_weight_decay_stays_where_it_acts_within_the_run():
+    model = network()
+    optimizer = HyperOptimizer(
+        torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0), model, outer_loss(model)
+    )
+    assert start_weight_decay(optimizer, 100) == pytest.approx(0.3)
+    decay = optimizer.hyperparameters["weight_decay"]
+    assert decay.bounds == pytest.approx((0.01, 30.0))
+    for raw, bound in ((-50.0, 0.01), (50.0, 30.0)):
+        decay.raw.data.fill_(raw)
+        decay.clamp_()
+        decay.refresh()
+        assert decay().item() == pytest.approx(bound, rel=1e-5)
+
+
+def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():
+    model = network()
+    optimizer = HyperOptimizer(built("RMSprop", model), model, outer_loss(model))
+    with pytest.raises(hypertorch.UnsupportedError, match="decay of RMSprop"):
+        start_weight_decay(optimizer, 10)
+    with pytest.raises(hypertorch.ArgumentError, match="`steps` must be"):
+        start_weight_decay(optimizer, 0)
+    other = HyperOptimizer(built("SGD", model), model, outer_loss(model), learn="lr")
+    with pytest.raises(hypertorch.ArgumentError, match="learned `weight_decay`"):
+        start_weight_decay(other, 10)

@@ -46,40 +46,26 @@ def default(
     return hypertorch.HyperOptimizer(optimizer, model, outer_loss)
 
 
-def searched(
-    optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem, **options: Any
+def unrolled(
+    optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem
 ) -> torch.optim.Optimizer:
-    """As `default`, from the η that ten training steps at each of some ten find.
+    """From the start that short trials find, by windows of twenty steps: λ shows in no shorter one.
 
     Args:
         optimizer: bare, at the start.
         model: that it trains.
         problem: task and seed; only its training and validation data are used.
-        options: of the wrapper.
 
     Returns:
-        The wrapped optimizer, its search counted in its `cost`.
+        The wrapped optimizer, its start-up counted in its `cost`.
     """
-    outer_loss = hypertorch.ValidationLoss(model, cross_entropy, problem.validation_loader())
-    wrapped = hypertorch.HyperOptimizer(optimizer, model, outer_loss, **options)
-
-    def loss(x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(model(x), y)
-
-    def validation() -> Tensor:
-        model.eval()
-        x, y = problem.task.validation.x[:TRIAL_EXAMPLES], problem.task.validation.y
-        return loss(x, y[:TRIAL_EXAMPLES])
-
-    batches = itertools.islice(itertools.cycle(problem.loader()), TRIAL_STEPS)
-    hypertorch.search_lr(wrapped, [partial(loss, x, y) for x, y in batches], validation)
-    return wrapped
+    return _started(optimizer, model, problem, engine=hypertorch.Unroll(), update_every=200)
 
 
-def first_order(
+def implicit(
     optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem
 ) -> torch.optim.Optimizer:
-    """As `searched`, with no Hessian at all: two steps of each twenty, at the last weights.
+    """As `unrolled` in an unchanged loop: η without a Hessian, λ by where training would rest.
 
     Args:
         optimizer: bare, at the start.
@@ -89,14 +75,48 @@ def first_order(
     Returns:
         The wrapped optimizer.
     """
-    return searched(optimizer, model, problem, engine=hypertorch.FirstOrder(), window=2)
+    batches = itertools.cycle(problem.loader())
+
+    def inner_loss() -> Tensor:
+        x, y = next(batches)
+        return cross_entropy(model(x), y)
+
+    solver = hypertorch.Lanczos(max_steps=4)
+    of_decay = hypertorch.Implicit(solver, inner_loss=inner_loss, holds_preconditioner=True)
+    engine = hypertorch.PerHyperparameter({"lr": hypertorch.FirstOrder(), "weight_decay": of_decay})
+    return _started(optimizer, model, problem, engine=engine, update_every=100)
+
+
+def _started(
+    optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem, **options: Any
+) -> torch.optim.Optimizer:
+    """A wrapper on the calibrated outer loss, with η and λ where learning is to start."""
+    criterion = hypertorch.calibrated_cross_entropy
+    outer_loss = hypertorch.ValidationLoss(model, criterion, problem.validation_loader())
+    outer = partial(hypertorch.GatedSign, max_step=(0.1, 0.7), decay=0.5)  # η, λ
+    wrapped = hypertorch.HyperOptimizer(
+        optimizer, model, outer_loss, window=20, outer=outer, **options
+    )
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        return cross_entropy(model(x), y)
+
+    def validation() -> Tensor:
+        model.eval()
+        x, y = problem.task.validation.x[:TRIAL_EXAMPLES], problem.task.validation.y
+        return criterion(model(x), y[:TRIAL_EXAMPLES])
+
+    batches = itertools.islice(itertools.cycle(problem.loader()), TRIAL_STEPS)
+    hypertorch.search_lr(wrapped, [partial(loss, x, y) for x, y in batches], validation)
+    hypertorch.start_weight_decay(wrapped, problem.steps)
+    return wrapped
 
 
 PRESETS: dict[str, Preset] = {
     "hyper": Preset(default, "constant"),
     "hyper-linear": Preset(default, "linear"),
-    "hyper-search": Preset(searched, "linear"),
-    "first-order": Preset(first_order, "linear"),
+    "unrolled": Preset(unrolled, "linear"),
+    "implicit": Preset(implicit, "linear"),
 }
 
 

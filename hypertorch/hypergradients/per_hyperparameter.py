@@ -31,11 +31,11 @@ class PerHyperparameter(Engine):
 
     Example:
         >>> import torch
-        >>> from hypertorch import FirstOrder, HyperOptimizer, Implicit, TruncatedConjugateGradient
+        >>> from hypertorch import FirstOrder, HyperOptimizer, Implicit, Lanczos
         >>> model, x, y = torch.nn.Linear(3, 1), torch.randn(8, 3), torch.randn(8, 1)
         >>> def loss():
         ...     return torch.nn.functional.mse_loss(model(x), y)
-        >>> implicit = Implicit(TruncatedConjugateGradient(), inner_loss=loss)
+        >>> implicit = Implicit(Lanczos(), inner_loss=loss)
         >>> optimizer = HyperOptimizer(
         ...     torch.optim.SGD(model.parameters(), lr=0.01, weight_decay=1e-3),
         ...     model,

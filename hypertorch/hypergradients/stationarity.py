@@ -177,6 +177,7 @@ class OfWeights(Stationarity):
 
         r = g,                            g = ±∇L + λ w,  decay in the gradient
         r = (λ w + φ(g)) / φ'(g),         g = ±∇L,        decoupled decay; φ(g) = g / (|g| + ε)
+        r = g + λ (√v̂ + ε) w,             g = ±∇L,        the same, with v̂ held
 
     Buffers are eliminated: momentum rests at 0, and Adam's m and v at g and g². Φ(s) = s means the
     same, whatever η and the momentum are. φ'(g) = ε / (|g| + ε)² is held fixed: at r = 0 its own
@@ -185,12 +186,15 @@ class OfWeights(Stationarity):
 
     name = "M v = ∂_w E with M = ∂r/∂w, where r(w, λ) = 0 is where the weights rest"
 
-    def __init__(self, linearised: Linearised) -> None:
+    def __init__(self, linearised: Linearised, holds_preconditioner: bool = False) -> None:
         super().__init__(linearised)
         transition, params = linearised.transition, linearised.state.params
         settings, dynamics = transition.parameter_settings(), transition.dynamics
         grads = {i: g for i, g in enumerate(linearised.grads) if g is not None}
-        found = [_at_rest(dynamics, params[i], g, settings[i]) for i, g in grads.items()]
+        buffers = linearised.state.buffers if holds_preconditioner else [{} for _ in params]
+        found = [
+            _at_rest(dynamics, params[i], g, settings[i], buffers[i]) for i, g in grads.items()
+        ]
         self._places, self._params = list(grads), [params[i] for i in grads]
         self._residuals = [r for r, _ in found]
         self._scales = [scale for _, scale in found]
@@ -235,9 +239,16 @@ class OfWeights(Stationarity):
 
 
 def _at_rest(
-    dynamics: Dynamics, param: Tensor, grad: Tensor, settings: Mapping[str, Any]
+    dynamics: Dynamics,
+    param: Tensor,
+    grad: Tensor,
+    settings: Mapping[str, Any],
+    held: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Return r(w, λ) up to a factor, and the factor, 1/φ'(g); `None` where it is 1."""
+    """Return r(w, λ) up to a factor, and the factor, 1/φ'(g); `None` where it is 1.
+
+    `held` are the buffers of which v̂ is made, or none of them where v̂ follows g².
+    """
     decay, maximize = settings["weight_decay"], settings["maximize"]
     if not is_decoupled(dynamics, settings):
         return regularised(param, grad, decay, maximize), None
@@ -245,6 +256,10 @@ def _at_rest(
     if dynamics.update is adam.radam and settings["beta2"] <= 2 / 3:  # it never adapts: φ(g) = g
         return axpy(decay, param, grad), None
     eps = settings["eps"]
+    if "exp_avg_sq" in held:
+        second = held.get("max_exp_avg_sq", held["exp_avg_sq"])
+        scale = (second / (1 - settings["beta2"] ** held["step"])).sqrt() + eps
+        return axpy(decay, param * scale.detach(), grad), None
     size = grad.abs() + eps
     return axpy(decay, param, grad / size), (size**2 / eps).detach()
 

@@ -14,8 +14,8 @@ from hypertorch import ArgumentError, SolverError
 from hypertorch.hypergradients.linear_solvers import (
     ConjugateGradient,
     FixedPoint,
+    Lanczos,
     NormalConjugateGradient,
-    TruncatedConjugateGradient,
 )
 from hypertorch.hypergradients.nystrom import Nystrom
 
@@ -221,26 +221,36 @@ INDEFINITE = {
 }
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2, 5])
-def test_truncated_conjugate_gradient_makes_the_steps_of_conjugate_gradient(steps):
+@pytest.mark.parametrize("steps", [0, 1, 2, 5, N])
+def test_lanczos_makes_the_steps_of_conjugate_gradient(steps):
     m, b = spd(), random(N, seed=1)
     product = Product(m)
-    truncated = TruncatedConjugateGradient(max_steps=steps).solve(product, split(b))
+    found = Lanczos(max_steps=steps).solve(product, split(b), start=split(random(N, seed=2)))
     whole = solved(ConjugateGradient(rtol=0, max_steps=steps), m, b)
-    assert torch.allclose(flat(truncated.value), flat(whole.value), rtol=1e-12, atol=1e-14)
-    assert truncated.residual == pytest.approx((b - m @ flat(truncated.value)).norm().item())
-    assert truncated.matvecs == product.calls == steps  # none to check the residual
+    assert torch.allclose(flat(found.value), flat(whole.value), rtol=1e-9, atol=1e-12)
+    assert found.residual == pytest.approx((b - m @ flat(found.value)).norm().item(), abs=1e-12)
+    assert found.matvecs == product.calls == steps
 
 
-def test_truncated_conjugate_gradient_ends_at_negative_curvature():
+@pytest.mark.parametrize("smallest", [-4.0, -1.0])
+def test_lanczos_solves_with_the_absolute_value_of_an_indefinite_system(smallest):
+    basis, _ = torch.linalg.qr(random(N, N))
+    values = torch.linspace(smallest, 4.0, N, **f64)
     b = random(N, seed=1)
-    assert torch.equal(flat(solved(TruncatedConjugateGradient(), -spd(), b).value), b)
-    values = torch.cat([torch.tensor([-1.0], **f64), torch.linspace(1, 3, N - 1, **f64)])
-    m = torch.diag(values)
-    for steps in (1, 3, 8, 20):
-        v = flat(solved(TruncatedConjugateGradient(max_steps=steps), m, b).value)
-        assert v @ b > 0 and v.isfinite().all()
-    assert v @ m @ v > 0  # what was kept lies where the curvature is positive
+    v = flat(solved(Lanczos(max_steps=N), basis @ torch.diag(values) @ basis.T, b).value)
+    expected = basis @ ((basis.T @ b) / values.abs().clamp(min=0.04))
+    assert torch.allclose(v, expected, rtol=1e-8, atol=1e-10)
+    for steps in range(1, N):
+        v = flat(solved(Lanczos(max_steps=steps), basis @ torch.diag(values) @ basis.T, b).value)
+        assert v @ b > 0
+
+
+def test_lanczos_ends_where_the_span_does():
+    b = random(N, seed=1)
+    assert torch.allclose(flat(solved(Lanczos(), 4 * torch.eye(N, **f64), b).value), b / 4)
+    assert torch.allclose(flat(solved(Lanczos(), -4 * torch.eye(N, **f64), b).value), b / 4)
+    none = solved(Lanczos(), spd(), torch.zeros(N, **f64))
+    assert flat(none.value).abs().max() == 0 == none.matvecs
 
 
 @pytest.mark.parametrize("m", INDEFINITE.values(), ids=INDEFINITE)

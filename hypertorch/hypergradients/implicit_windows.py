@@ -1,0 +1,148 @@
+"""The windows of `Implicit`: training steps, of which one is differentiated where it would rest."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..state import State, set_state
+from ..transition import Linearised, Transition
+from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
+from .linear_system import norm
+
+if TYPE_CHECKING:
+    from .implicit import Implicit
+
+
+@dataclass(frozen=True)
+class Report:
+    """How good the latest hypergradient of an `Implicit` is.
+
+    Attributes:
+        residual: ‖∂_s E − M v‖₂ / ‖∂_s E‖₂ of the linear system.
+        converged: whether that reached the solver's tolerance.
+        products: with M and Mᵀ, each about two gradients.
+        displacement: ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂ of the window's last step: 0 at a fixed point.
+        gap: E(s*) − E to first order, in E's units: what E would gain if training went on to its
+            fixed point. Near 0, or the point is none; a mini-batch's differs from the data's.
+    """
+
+    residual: float
+    converged: bool
+    products: int
+    displacement: float
+    gap: float
+
+
+class ImplicitWindow(Window):
+    """Training steps of which the last one is differentiated, at its fast weights.
+
+    A step's graph refers to the weights it was computed from, so these are not written to: later
+    weights are in the model's slots, without a graph, until the window closes.
+    """
+
+    def __init__(self, engine: "Implicit", training: Training, carried: Carried | None) -> None:
+        super().__init__(training)
+        self._engine = engine
+        self._state = State.of(training.optimizer)
+        self._adjoint: list[Tensor] | None = (carried or {}).get("adjoint")
+        self._transition: Transition | None = None
+        self._linearised: Linearised | None = None
+        self._before: Sequence[Tensor] = self.params
+
+    def step(self, step: TrainingStep) -> None:
+        """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
+        self._transition = step.transition
+        self._linearised = self._at(step.with_graph())
+        grads = [None if g is None else g.detach() for g in self._linearised.grads]
+        step.check(grads)
+        with torch.no_grad():
+            following = step.transition(self._state, grads)
+        self._before = self.params
+        trained = [
+            w if w is p else w.requires_grad_()
+            for w, p in zip(following.params, self._before, strict=True)
+        ]
+        self.params = self.training.slots.fill(trained)
+        self._state = State(self.params, following.buffers)
+
+    def _at(self, loss: Tensor) -> Linearised:
+        assert self._transition is not None
+        return Linearised(self._transition, self._state, loss, self.training.hyperparameters)
+
+    def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return E and dE/dλ; the engine's `last` says how good it is.
+
+        Raises:
+            SolverError: the linear system is not what the solver needs.
+            WindowError: E is another model's.
+        """
+        values, loss = self.training.values(), outer_loss()
+        at_weights, direct = outer_gradient(loss, self.params, values)
+        system = self._engine.system(self._present())
+        rhs = system.rhs(at_weights)
+        size = _length(rhs)
+        if not math.isfinite(loss.item() + size):
+            return loss.detach(), {n: torch.full_like(v, math.nan) for n, v in values.items()}
+        found = self._engine.solve(system, rhs, self._adjoint)
+        self._adjoint = found.value
+        self._engine.last = Report(
+            residual=found.residual / (size or 1.0),
+            converged=found.converged,
+            products=found.matvecs,
+            displacement=_displacement(self._before, self.params),
+            gap=system.gap(found.value).item(),
+        )
+        through = system.pulled_back(found.value)
+        return loss.detach(), {n: part + through[n] for n, part in direct.items()}
+
+    def _present(self) -> Linearised:
+        """Return the step to differentiate: the last one."""
+        assert self._linearised is not None
+        return self._linearised
+
+    def close(self) -> Carried | None:
+        """Write weights and buffers to the live parameters and optimizer; v goes on."""
+        self._linearised = None
+        self.training.slots.hand_back(self.params)
+        set_state(self.training.optimizer, self._state.buffers)
+        return self._carried()
+
+    def _carried(self) -> Carried | None:
+        goes_on = self._engine.warm_start and self._adjoint is not None
+        return {"adjoint": self._adjoint} if goes_on else None
+
+
+class LiveImplicitWindow(ImplicitWindow):
+    """Training steps on the live weights; what is differentiated is a step along `inner_loss`."""
+
+    def step(self, step: TrainingStep) -> None:
+        """Make the step by the optimizer itself."""
+        self._transition = step.transition
+        self._before = [p.detach().clone() for p in self.params]
+        step.make(None)
+
+    def _present(self) -> Linearised:
+        """Return a step from where the weights are now, along the engine's own loss."""
+        assert self._engine.inner_loss is not None
+        self._state = State.of(self.training.optimizer)
+        return self._at(self._engine.inner_loss())
+
+    def close(self) -> Carried | None:
+        """Let v go on; nothing is to be handed back."""
+        return self._carried()
+
+
+def _displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Return ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂, over the weights that train."""
+    pairs = [(w, p) for w, p in zip(after, before, strict=True) if p.requires_grad]
+    with torch.no_grad():
+        return _length([w - p for w, p in pairs]) / (_length([p for _, p in pairs]) or 1.0)
+
+
+def _length(tensors: Sequence[Tensor]) -> float:
+    """Return ‖·‖₂ over all entries of all tensors."""
+    return math.hypot(*(norm(t) for t in tensors))
