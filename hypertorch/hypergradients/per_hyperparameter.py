@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..transition import Gradients
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, Window
 
@@ -79,7 +79,7 @@ class PerHyperparameter(Engine):
 
         Raises:
             ArgumentError: names what has no engine, or is not learned.
-            UnsupportedError: from the engine.
+            UnsupportedError: from the engine; or of a setting per tensor or element.
         """
         learned, given = set(training.hyperparameters), set(self.engines)
         if learned != given:
@@ -87,8 +87,15 @@ class PerHyperparameter(Engine):
                 "`PerHyperparameter` needs an engine for each learned name, and for no other. "
                 f"Learned: {', '.join(sorted(learned))}; engines: {', '.join(sorted(given))}."
             )
-        for engine, own in self._shares(training):
+        shares = self._shares(training)
+        for engine, own in shares:
             engine.check(own)
+        for name, setting in training.settings.items():
+            if len(shares) > 1 and not setting.is_scalar:
+                raise UnsupportedError(
+                    f"`PerHyperparameter` cannot learn `{name}` per {setting.granularity}: the "
+                    'other engines see one number per group. Learn it per "group", or "shared".'
+                )
 
     def _shares(self, training: Training) -> list[tuple[Engine, Training]]:
         """Return each engine once, with what it learns."""

@@ -143,7 +143,9 @@ class PointwiseTangents:
             z, g = block.tangents, block.group
             units = dict.fromkeys(overrides, 1.0) | {"lr": transition.schedule[g]}  # dη_t/dη
             learned = {
-                name: dual(block.spread(by_group[g]), {name: units[name]})
+                name: dual(
+                    block.spread(by_group[g]), {name: units[name]} if name in self.settings else {}
+                )
                 for name, by_group in overrides.items()
             }
             new, buffers = transition.dynamics.step(

@@ -177,7 +177,10 @@ class OfWeights(Stationarity):
 
         r = g,                            g = ±∇L + λ w,  decay in the gradient
         r = (λ w + φ(g)) / φ'(g),         g = ±∇L,        decoupled decay; φ(g) = g / (|g| + ε)
-        r = g + λ (√v̂ + ε) w,             g = ±∇L,        the same, with v̂ held
+        r = P^½ (P⁻¹ g + λ w),            g = ±∇L,        the same with P = √v̂ + ε held
+
+    In the last, v is sought in the coordinates P^½ w, in which training descends: there M is
+    P^-½ H P^-½ + λ.
 
     Buffers are eliminated: momentum rests at 0, and Adam's m and v at g and g². Φ(s) = s means the
     same, whatever η and the momentum are. φ'(g) = ε / (|g| + ε)² is held fixed: at r = 0 its own
@@ -198,15 +201,19 @@ class OfWeights(Stationarity):
         self._places, self._params = list(grads), [params[i] for i in grads]
         self._residuals = [r for r, _ in found]
         self._scales = [scale for _, scale in found]
+        self._metric = [
+            scale if "exp_avg_sq" in buffers[i] and is_decoupled(dynamics, settings[i]) else None
+            for i, scale in zip(grads, self._scales, strict=True)
+        ]
 
     def rhs(self, gradients: Gradients) -> list[Tensor]:
-        """Return ∂_w E."""
+        """Return ∂_w E, or P^-½ ∂_w E."""
         found = [gradients[i] for i in self._places]
-        return _or_zeros(found, self._params)
+        return _scaled(_or_zeros(found, self._params), self._metric)
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:
-        """Return (∂r/∂w) v."""
-        return self._products(v, self._params)
+        """Return (∂r/∂w) v, or P^-½ (∂r/∂w) P^-½ v."""
+        return _scaled(self._products(v, self._params), self._metric)
 
     def transposed(self, v: Sequence[Tensor]) -> list[Tensor]:
         """Return the same: M is symmetric."""
@@ -220,14 +227,11 @@ class OfWeights(Stationarity):
 
     def gap(self, v: Sequence[Tensor]) -> Tensor:
         """Return −⟨v, r⟩, by Newton's step w* ≈ w − M⁻¹ r."""
-        return -_dot(self._scaled(v), self._residuals)
-
-    def _scaled(self, v: Sequence[Tensor]) -> list[Tensor]:
-        return [x if s is None else s * x for x, s in zip(v, self._scales, strict=True)]
+        return -_dot(_scaled(v, self._scales), self._residuals)
 
     def _products(self, v: Sequence[Tensor], inputs: Sequence[Tensor]) -> list[Tensor]:
         """Return (∂r/∂inputs)ᵀ v."""
-        pairs = zip(self._residuals, self._scaled(v), strict=True)
+        pairs = zip(self._residuals, _scaled(v, self._scales), strict=True)
         in_graph = [(r, x) for r, x in pairs if r.requires_grad]
         if not in_graph:
             return [torch.zeros_like(x) for x in inputs]
@@ -245,7 +249,7 @@ def _at_rest(
     settings: Mapping[str, Any],
     held: Mapping[str, Any],
 ) -> tuple[Tensor, Tensor | None]:
-    """Return r(w, λ) up to a factor, and the factor, 1/φ'(g); `None` where it is 1.
+    """Return r(w, λ) up to a factor, and the factor, 1/φ'(g) or P^-½; `None` where it is 1.
 
     `held` are the buffers of which v̂ is made, or none of them where v̂ follows g².
     """
@@ -258,10 +262,14 @@ def _at_rest(
     eps = settings["eps"]
     if "exp_avg_sq" in held:
         second = held.get("max_exp_avg_sq", held["exp_avg_sq"])
-        scale = (second / (1 - settings["beta2"] ** held["step"])).sqrt() + eps
-        return axpy(decay, param * scale.detach(), grad), None
+        p = ((second / (1 - settings["beta2"] ** held["step"])).sqrt() + eps).detach()
+        return axpy(decay, param * p, grad), p.rsqrt()
     size = grad.abs() + eps
     return axpy(decay, param, grad / size), (size**2 / eps).detach()
+
+
+def _scaled(v: Sequence[Tensor], scales: Sequence[Tensor | None]) -> list[Tensor]:
+    return [x if s is None else s * x for x, s in zip(v, scales, strict=True)]
 
 
 def _or_zeros(found: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:

@@ -80,10 +80,12 @@ class Digits:
             optimizer.step()
 
 
-def test_each_number_is_that_of_its_engine_alone():
-    found = {}
+@pytest.mark.parametrize("name", ["SGD", "AdamW"])
+def test_each_number_is_that_of_its_engine_alone(name):
+    found, kind = {}, name
     for name in ("lr", "weight_decay", "both"):
         task = Digits()
+        task.bare = getattr(torch.optim, kind)(task.model.parameters(), lr=0.03, weight_decay=0.02)
         engine = {"lr": FirstOrder(), "weight_decay": task.implicit(), "both": task.both()}[name]
         learn = ("lr", "weight_decay") if name == "both" else (name,)
         optimizer = task.wrapped(engine, learn=learn)
@@ -91,7 +93,8 @@ def test_each_number_is_that_of_its_engine_alone():
         found[name] = optimizer.hypergradients
         assert list(found[name]) == list(learn)
     for name in ("lr", "weight_decay"):
-        assert found["both"][name].item() == found[name][name].item() != 0
+        assert found["both"][name].item() == pytest.approx(found[name][name].item(), rel=1e-9)
+        assert found[name][name].item() != 0
 
 
 def test_the_functional_form_leaves_no_trace():
@@ -251,6 +254,8 @@ def test_names_without_an_engine_are_refused():
     task = Digits()
     with pytest.raises(ArgumentError, match="Learned: lr, weight_decay; engines: lr"):
         task.wrapped(PerHyperparameter({"lr": FirstOrder()}))
+    with pytest.raises(UnsupportedError, match="`weight_decay` per tensor: the other engines"):
+        task.wrapped(task.both(), learn={"lr": "group", "weight_decay": "tensor"})
     implicit = task.implicit()
     with pytest.raises(UnsupportedError, match="`Implicit` cannot learn `lr`"):
         task.wrapped(PerHyperparameter({"lr": implicit, "weight_decay": implicit}))
