@@ -74,18 +74,42 @@ class GatedSign(torch.optim.Optimizer):
     def _move(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
         state = self.state[raw]
         if not state:
-            state["seen"] = torch.zeros_like(raw)
-            state["mean"], state["rms"] = torch.zeros_like(raw), torch.zeros_like(raw)
+            for name in ("seen", "mean", "rms"):
+                state[name] = torch.zeros_like(raw)
+        parts = [raw, *(state[name] for name in ("seen", "mean", "rms"))]
         informs = gradient != 0
-        mean, rms, seen = state["mean"], state["rms"], state["seen"]
-        seen += informs
-        mean.addcmul_(gradient - mean, informs, value=1 - decay)
-        # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
-        spread = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
-        rms.copy_(torch.where(informs, spread, rms))
-        t = _t_statistic(mean, rms, 1 - decay**seen, decay)
-        confidence = ((t.abs() - 1) / 2).clamp(0, 1)
-        raw.addcmul_(t.sign() * confidence, informs, value=-max_step)
+        if raw.numel() < _MANY or raw.device.type != "cpu":
+            moved = _moved(gradient, *parts, max_step=max_step, decay=decay)
+            for part, new in zip(parts, moved, strict=True):
+                part.copy_(torch.where(informs, new, part))
+            return
+        where = informs.reshape(-1).nonzero().squeeze(1)  # a batch's, of a weight per example
+        few = [part.reshape(-1)[where] for part in (gradient, *parts)]
+        moved = _moved(*few, max_step=max_step, decay=decay)
+        for part, new in zip(parts, moved, strict=True):
+            part.view(-1)[where] = new
+
+
+#: From here on, on a CPU, it pays to look for the ρ that have a hypergradient at all.
+_MANY = 2**14
+
+
+def _moved(
+    gradient: Tensor,
+    raw: Tensor,
+    seen: Tensor,
+    mean: Tensor,
+    rms: Tensor,
+    *,
+    max_step: float,
+    decay: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return ρ, the number of windows, and m and √s, after a hypergradient."""
+    seen, mean = seen + 1, mean + (1 - decay) * (gradient - mean)
+    # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
+    rms = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
+    t = _t_statistic(mean, rms, 1 - decay**seen, decay)
+    return raw - max_step * t.sign() * ((t.abs() - 1) / 2).clamp(0, 1), seen, mean, rms
 
 
 def _t_statistic(mean: Tensor, rms: Tensor, total: Tensor, decay: float) -> Tensor:

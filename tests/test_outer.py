@@ -171,3 +171,19 @@ def test_each_hyperparameter_may_have_a_step_of_its_own():
     assert torch.equal(two.detach(), torch.tensor([0.7, -0.7]))
     with pytest.raises(ArgumentError, match=r"one for each hyperparameter\. Got 3 for 2"):
         GatedSign([one, two], max_step=(0.1, 0.2, 0.3))
+
+
+def test_many_numbers_move_as_few_do():
+    """A weight for each of many examples, of which a window sees some."""
+    torch.manual_seed(0)
+    many, few = torch.zeros(2**15, requires_grad=True), torch.zeros(64, requires_grad=True)
+    shown, rule, reference = torch.arange(64) * 500, GatedSign([many]), GatedSign([few])
+    for _ in range(6):
+        few.grad = torch.randn(64) * (torch.rand(64) < 0.7)
+        many.grad = torch.zeros(2**15)
+        many.grad[shown] = few.grad
+        rule.step(), reference.step()
+    assert torch.equal(many.detach()[shown], few.detach()) and few.detach().abs().max() > 0.1
+    untouched = torch.ones(2**15, dtype=torch.bool)
+    untouched[shown] = False
+    assert not many.detach()[untouched].any()
