@@ -6,6 +6,7 @@ loss, usually the validation loss.
 """
 
 from . import bilevel, constraints
+from .any_start import from_any_start
 from .bilevel import HOAG
 from .calibration import calibrated_cross_entropy
 from .check import check_hypergradient
@@ -84,6 +85,7 @@ __all__ = [
     "calibrated_cross_entropy",
     "check_hypergradient",
     "constraints",
+    "from_any_start",
     "hypergradient",
     "interval",
     "positive",

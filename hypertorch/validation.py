@@ -87,13 +87,7 @@ class ValidationLoss:
             batch = self._draw()
         finally:
             self._random = torch.get_rng_state()
-        if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-            raise ArgumentTypeError(
-                f"A validation batch must be a pair (x, y). Got {type(batch).__name__}. "
-                "For other batches pass a callable that returns the outer loss."
-            )
-        device = next(self.model.parameters()).device
-        return _moved(batch[0], device), _moved(batch[1], device)
+        return placed(batch, next(self.model.parameters()).device)
 
     def _draw(self) -> Any:
         if self._batches is None:
@@ -148,6 +142,16 @@ class ValidationLoss:
         resume = state.pop("_resume")
         self.__dict__.update(state)
         self.load_state_dict(resume)
+
+
+def placed(batch: Any, device: torch.device) -> Batch:
+    """Return a batch on the model's device, once it is a pair (x, y)."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        raise ArgumentTypeError(
+            f"A validation batch must be a pair (x, y). Got {type(batch).__name__}. "
+            "For other batches pass a callable that returns the outer loss."
+        )
+    return _moved(batch[0], device), _moved(batch[1], device)
 
 
 def _moved(value: Any, device: torch.device) -> Any:

@@ -29,6 +29,7 @@ RANKS = [
     {"optimizer", "bilevel"},
     {"functional"},
     {"check", "start_up"},
+    {"any_start"},
     {"__init__"},
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}

@@ -1,0 +1,146 @@
+"""`from_any_start`: one run that needs no starting values, in a loop that stays as it is."""
+
+import copy
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, TensorDataset
+
+import hypertorch
+from hypertorch import from_any_start
+
+STEPS = 300
+
+
+def digits():
+    """300 digits, 40 % with a random label, and clean ones to validate and to test."""
+    x, y = load_digits(return_X_y=True)
+    generator = torch.Generator().manual_seed(0)
+    order = torch.randperm(len(y), generator=generator)
+    x, y = torch.tensor(x[order] / 16, dtype=torch.float32), torch.tensor(y[order])
+    wrong = torch.rand(300, generator=generator) < 0.4
+    labels = y[:300].clone()
+    labels[wrong] = torch.randint(10, (int(wrong.sum()),), generator=generator)
+    return (x[:300], labels), (x[300:600], y[300:600]), (x[600:], y[600:])
+
+
+TRAINING, VALIDATION, TEST = digits()
+
+
+def loaders():
+    generator = torch.Generator().manual_seed(1)
+    train = DataLoader(TensorDataset(*TRAINING), 50, shuffle=True, generator=generator)
+    return train, DataLoader(TensorDataset(*VALIDATION), 100)
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Dropout(0.1), torch.nn.Linear(64, 10)
+    )
+
+
+def started(lr, weight_decay, kind="SGD"):
+    model = network()
+    momentum = {"momentum": 0.9} if kind == "SGD" else {}
+    bare = getattr(torch.optim, kind)(
+        model.parameters(), lr=lr, weight_decay=weight_decay, **momentum
+    )
+    train, validation = loaders()
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / STEPS)
+    return model, optimizer, scheduler, train
+
+
+def run(model, optimizer, scheduler, train, steps):
+    """Somebody's loop."""
+    while steps > 0:
+        for x, y in train:
+            optimizer.zero_grad()
+            cross_entropy(model(x), y).backward()
+            optimizer.step()
+            scheduler.step()
+            steps -= 1
+            if steps == 0:
+                return
+
+
+def accuracy(model):
+    model.eval()
+    x, y = TEST
+    return (model(x).argmax(1) == y).float().mean().item()
+
+
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_every_start_becomes_the_same(kind):
+    found = []
+    for lr, weight_decay in ((1e-6, 1e-6), (1e-3, 0.1), (10.0, 1e-4)):
+        _, optimizer, _, _ = started(lr, weight_decay, kind)
+        found.append([h().item() for h in optimizer.hyperparameters.values()])
+    for numbers in zip(*found, strict=True):
+        assert max(numbers) < 1.01 * min(numbers)
+
+
+def test_one_run_beats_one_with_the_starting_values():
+    model, *loop = started(1e-4, 1e-4)
+    optimizer = loop[0]
+    start = optimizer.hyperparameters["weight_decay"]().item()
+    run(model, *loop, STEPS)
+    learned = accuracy(model)
+    plain = network()
+    bare = torch.optim.SGD(plain.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(bare, lambda t: 1 - t / STEPS)
+    run(plain, bare, scheduler, loaders()[0], STEPS)
+    assert learned > accuracy(plain) + 0.3
+    assert optimizer.hyperparameters["weight_decay"]().item() != pytest.approx(start, rel=0.05)
+    assert optimizer.cost < 1.6 * STEPS  # trials are a large part of so short a run
+
+
+def test_nothing_is_left_of_the_trials():
+    torch.manual_seed(3)
+    model, train = network(), loaders()[0]
+    before = copy.deepcopy(model.state_dict())
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    random = torch.get_rng_state()
+    from_any_start(bare, model, cross_entropy, train, loaders()[1], STEPS)
+    assert torch.equal(torch.get_rng_state(), random)
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert model.training and not bare.state
+
+
+def test_a_resumed_run_is_the_same_to_the_bit():
+    weights = []
+    for stops in (False, True):
+        parts = started(1e-3, 1e-3)
+        run(*parts, 130)
+        model, optimizer, scheduler, train = parts
+        if stops:
+            state = copy.deepcopy(
+                (model.state_dict(), optimizer.state_dict(), scheduler.state_dict())
+            )
+            random, order = torch.get_rng_state(), train.generator.get_state()
+            parts = model, optimizer, scheduler, train = started(1.0, 0.3)
+            for thing, own in zip((model, optimizer, scheduler), state, strict=True):
+                thing.load_state_dict(own)
+            torch.set_rng_state(random), train.generator.set_state(order)
+        else:
+            optimizer.state_dict()
+        run(*parts, 90)
+        weights.append([p.detach() for p in model.parameters()])
+    for one, two in zip(*weights, strict=True):
+        assert torch.equal(one, two)
+
+
+def test_what_cannot_start_is_refused():
+    model, (train, validation) = network(), loaders()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    with pytest.raises(hypertorch.ArgumentError, match="A loader is empty"):
+        from_any_start(sgd, model, cross_entropy, [], validation, 10)
+    with pytest.raises(hypertorch.ArgumentTypeError, match=r"must be a pair \(x, y\)"):
+        from_any_start(sgd, model, cross_entropy, [torch.ones(3)], validation, 10)
+    adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-3)
+    with pytest.raises(hypertorch.UnsupportedError, match="decay of Adam"):
+        from_any_start(adam, model, cross_entropy, train, validation, 10)
