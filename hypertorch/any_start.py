@@ -11,6 +11,7 @@ and the user's schedule brings η to zero.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
@@ -92,13 +93,11 @@ def from_any_start(
         True
 
     References:
-        Larsen et al. 1996 and Pedregosa 2016 (λ); Sharifnassab et al. 2024 (η); and `references`
-        of each piece.
+        Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
+        piece.
     """
-    device = next(model.parameters()).device
-    with leaving_no_trace(model):
-        batches = [placed(b, device) for b in itertools.islice(train_loader, TRIAL_STEPS)]
-        judges = [placed(b, device) for b in _enough(validation_loader)]
+    batches = _first(train_loader, model, steps=TRIAL_STEPS)
+    judges = _first(validation_loader, model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
@@ -157,11 +156,21 @@ class BatchLosses:
         return torch.stack([self.of(k) for k in range(len(self.batches))]).mean()
 
 
-def _enough(loader: Iterable[Batch]) -> Iterable[Batch]:
-    """Yield batches until they hold TRIAL_EXAMPLES examples."""
-    seen = 0
-    for batch in loader:
-        yield batch
-        seen += len(batch[1])
-        if seen >= TRIAL_EXAMPLES:
-            return
+def _first(
+    loader: Iterable[Batch], model: nn.Module, steps: int | None = None, count: float = math.inf
+) -> list[Batch]:
+    """Return a loader's first batches, until there are `steps`, or `count` examples in them.
+
+    The order of the loader's next pass is what it would have been.
+    """
+    generator, device = getattr(loader, "generator", None), next(model.parameters()).device
+    before = generator.get_state() if isinstance(generator, torch.Generator) else None
+    found: list[Batch] = []
+    with leaving_no_trace(model):
+        for batch in itertools.islice(loader, steps):
+            found.append(placed(batch, device))
+            if sum(len(y) for _, y in found) >= count:
+                break
+    if generator is not None and before is not None:
+        generator.set_state(before)
+    return found

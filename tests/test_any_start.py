@@ -101,11 +101,13 @@ def test_one_run_beats_one_with_the_starting_values():
 def test_nothing_is_left_of_the_trials():
     torch.manual_seed(3)
     model, train = network(), loaders()[0]
+    order = train.generator.get_state()
     before = copy.deepcopy(model.state_dict())
     bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
     random = torch.get_rng_state()
     from_any_start(bare, model, cross_entropy, train, loaders()[1], STEPS)
     assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(train.generator.get_state(), order)
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert model.training and not bare.state
