@@ -236,8 +236,30 @@ class BlackBoxConfig(DropoutTaskConfig):
     reset_every: int = 10  # windows after which PES's particles start anew
 
 
+@dataclass
+class CalibrationConfig:
+    """λ judged by validation cross-entropy, or by the least one over all temperatures."""
+
+    _target_: str = "experiments.studies.calibration.run"
+    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights and batches
+    rates: dict[str, list[float]] = field(  # η for each task of the benchmark
+        default_factory=lambda: {
+            "digits_noisy": [0.01, 0.03, 0.1],
+            "breast_cancer": [0.003, 0.01, 0.03],
+        }
+    )
+    decays: list[float] = field(
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+    )
+    epochs: int | None = None  # None: the task's own
+    windows: list[int] = field(default_factory=lambda: [5, 20, 60])  # K
+    states: int = 8  # of a run, in which windows are differentiated
+    away: float = 10.0  # λ too small and too large: the best one by as much
+
+
 STUDIES: dict[str, type] = {
     "black_box": BlackBoxConfig,
+    "calibration": CalibrationConfig,
     "cleaning": CleaningConfig,
     "constraint_set": ConstraintSetConfig,
     "forward_reverse": ForwardReverseConfig,

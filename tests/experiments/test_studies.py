@@ -44,6 +44,13 @@ TINY: dict[str, list[str]] = {
         "study.pairs=1",
         "study.window=4",
     ],
+    "calibration": [
+        "study.seeds=[0]",
+        "study.epochs=4",
+        "study.decays=[0.001,0.1]",
+        "study.windows=[2,3]",
+        "study.states=2",
+    ],
     "constraint_set": [
         "task.train_size=30",
         "task.validation_size=30",

@@ -1,0 +1,210 @@
+"""Which validation loss λ is judged by: cross-entropy, or its least value over all temperatures.
+
+CE(z, y) asks how sure the model is, min_β CE(β z, y) does not. Each picks a λ from the same
+trainings, moves λ in the same run, and has a slope dE/d log λ in the same windows; the test data
+say which λ is better.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from experiments.band.config import load_tasks
+from experiments.band.problems import Problem
+from experiments.run_folder import RunFolder
+from experiments.schema import Config
+from experiments.studies.calibration_figure import calibration_figure
+from experiments.studies.calibration_trainings import CRITERIA, Row, fixed, learned, windows
+from experiments.studies.schema import CalibrationConfig
+from experiments.studies.study import save_numbers, settings_of, spread
+
+#: What λ is picked by, and whether less of it is better. Test data are there for comparison alone.
+JUDGES = {
+    "cross_entropy": True,
+    "calibrated": True,
+    "validation_accuracy": False,
+    "test_accuracy": False,
+}
+NAMES = {"cross_entropy": "cross-entropy", "calibrated": "calibrated cross-entropy"}
+PLACES = {"too small": -1, "best": 0, "too large": 1}  # powers of `away`
+
+
+def picked(rows: Sequence[Row], judge: str) -> Row:
+    """The row that a judge finds best; of several alike the one whose λ is in the middle.
+
+    Args:
+        rows: of one η, each with another λ.
+        judge: a key of `JUDGES`.
+
+    Returns:
+        One of the rows.
+    """
+    sign = 1 if JUDGES[judge] else -1
+    costs = [sign * r[judge] if math.isfinite(r[judge]) else math.inf for r in rows]
+    best = [row for row, cost in zip(rows, costs, strict=True) if cost == min(costs)]
+    return sorted(best, key=lambda row: row["weight_decay"])[(len(best) - 1) // 2]
+
+
+def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
+    """Pick λ from a grid by each loss, learn it by each, and look at the slopes of windows.
+
+    Args:
+        config: of the run.
+        folder: where the figure and the numbers go.
+        progress: show a progress bar.
+
+    Returns:
+        The findings.
+    """
+    settings = settings_of(config, CalibrationConfig)
+    rows: list[Row] = []
+    jobs = [(task, seed) for task in settings.rates for seed in settings.seeds]
+    for task, seed in tqdm(jobs, desc="calibration", disable=not progress):
+        rows += ({"task": task, "seed": seed, **row} for row in _one(task, seed, settings))
+    save_numbers(folder, rows)
+    middle = {task: _middle(rates) for task, rates in settings.rates.items()}
+    calibration_figure(rows, middle, folder.figure_file)
+    found = {
+        task: _findings([row for row in rows if row["task"] == task]) for task in settings.rates
+    }
+    return {**found, "says": [line for task in found for line in _sentences(task, found[task])]}
+
+
+def _one(task: str, seed: int, settings: CalibrationConfig) -> Iterator[Row]:
+    shorter = [] if settings.epochs is None else [f"task.epochs={settings.epochs}"]
+    problem = Problem(load_tasks([f"task={task}", *shorter])[task], seed)
+    rates = settings.rates[task]
+    grid = list(fixed(problem, rates, settings.decays))
+    yield from grid
+    yield from (learned(problem, criterion) for criterion in CRITERIA)
+    lr = _middle(rates)
+    best = picked([row for row in grid if row["lr"] == lr], "validation_accuracy")
+    for place, power in PLACES.items():
+        decay = best["weight_decay"] * settings.away**power
+        for row in windows(problem, lr, decay, settings.windows, settings.states):
+            yield {"place": place, "lr": lr, "weight_decay": decay, **row}
+
+
+def _middle(rates: Sequence[float]) -> float:
+    return sorted(rates)[len(rates) // 2]
+
+
+def _of(rows: Sequence[Row], **columns: Any) -> list[Row]:
+    return [row for row in rows if all(row.get(name) == v for name, v in columns.items())]
+
+
+def _values(rows: Sequence[Row], name: str) -> list[Any]:
+    return list(dict.fromkeys(row[name] for row in rows))
+
+
+def _findings(rows: Sequence[Row]) -> dict[str, Any]:
+    grid = _of(rows, what="fixed")
+    choices = {
+        judge: {
+            lr: [picked(_of(grid, lr=lr, seed=seed), judge) for seed in _values(grid, "seed")]
+            for lr in _values(grid, "lr")
+        }
+        for judge in JUDGES
+    }
+    return {
+        "picked": {judge: _picked(by_rate) for judge, by_rate in choices.items()},
+        "calibrated_minus_cross_entropy": spread(
+            [
+                statistics.fmean(
+                    choices["calibrated"][lr][i]["test_accuracy"]
+                    - choices["cross_entropy"][lr][i]["test_accuracy"]
+                    for lr in _values(grid, "lr")
+                )
+                for i in range(len(_values(grid, "seed")))
+            ]
+        ),
+        "learned": {
+            name: {
+                column: spread([row[column] for row in _of(rows, what="learned", criterion=name)])
+                for column in ("lr", "weight_decay", "test_accuracy", "cost")
+            }
+            for name in CRITERIA
+        },
+        "probes": {
+            place: {
+                column: spread([row[column] for row in _of(rows, what="probe", place=place)])
+                for column in ("weight_decay", "validation_accuracy", "test_accuracy")
+            }
+            for place in PLACES
+        },
+        "driven_down": {name: _driven_down(_of(rows, criterion=name)) for name in CRITERIA},
+    }
+
+
+def _picked(by_rate: dict[float, list[Row]]) -> dict[str, Any]:
+    """What a judge's λ is worth, for each η, and averaged over η first."""
+    found = {
+        f"{lr:g}": {
+            "weight_decay": spread([row["weight_decay"] for row in rows]),
+            "test_accuracy": spread([row["test_accuracy"] for row in rows]),
+        }
+        for lr, rows in by_rate.items()
+    }
+    over_rates = zip(*by_rate.values(), strict=True)
+    means = [statistics.fmean(row["test_accuracy"] for row in rows) for rows in over_rates]
+    return {**found, "mean over η": {"test_accuracy": spread(means)}}
+
+
+def _driven_down(rows: Sequence[Row]) -> dict[str, Any]:
+    """The fraction of the states in which dE/d log λ > 0, for each K and λ, over the seeds."""
+    rows = _of(rows, what="window")
+    return {
+        f"{length}": {
+            place: spread(
+                [
+                    statistics.fmean(row["slope"] > 0 for row in _of(own, seed=seed))
+                    for seed in _values(own, "seed")
+                ]
+            )
+            for place in PLACES
+            for own in [_of(rows, window=length, place=place)]
+        }
+        for length in _values(rows, "window")
+    }
+
+
+def _sentences(task: str, found: dict[str, Any]) -> Iterator[str]:
+    for judge, by_rate in found["picked"].items():
+        accuracies = [
+            f"{_percent(own['test_accuracy'])} at η = {lr} (λ {_range(own['weight_decay'])})"
+            for lr, own in by_rate.items()
+            if lr != "mean over η"
+        ]
+        mean = _percent(by_rate["mean over η"]["test_accuracy"])
+        yield f"{task}, λ by {judge}: test accuracy {mean}; {', '.join(accuracies)}."
+    gain = found["calibrated_minus_cross_entropy"]
+    yield f"{task}, calibrated minus cross-entropy: {_percent(gain)} points."
+    for name, own in found["learned"].items():
+        yield (
+            f"{task}, learned by {NAMES[name]}: λ {_range(own['weight_decay'])}, "
+            f"η {_range(own['lr'])}, test accuracy {_percent(own['test_accuracy'])}, "
+            f"cost {own['cost']['mean']:.2f}."
+        )
+    for place, own in found["probes"].items():
+        yield (
+            f"{task}, λ {place} ({_range(own['weight_decay'])}): validation accuracy "
+            f"{_percent(own['validation_accuracy'])}, test {_percent(own['test_accuracy'])}."
+        )
+    for name, by_window in found["driven_down"].items():
+        for length, by_place in by_window.items():
+            shares = [f"{_percent(own, 0)} {place}" for place, own in by_place.items()]
+            yield f"{task}, {NAMES[name]}, K = {length}, λ driven down in: {', '.join(shares)}."
+
+
+def _percent(own: dict[str, Any], digits: int = 1) -> str:
+    return f"{100 * own['mean']:.{digits}f} ± {100 * own['std']:.{digits}f} %"
+
+
+def _range(own: dict[str, Any]) -> str:
+    low, high = min(own["values"]), max(own["values"])
+    return f"{low:.2g}" if low == high else f"{low:.2g} to {high:.2g}"

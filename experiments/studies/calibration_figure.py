@@ -1,0 +1,131 @@
+"""The figure of the study `calibration`: both losses, test accuracy, and which way windows push."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from experiments.figures import save_figure
+
+Rows = Sequence[dict[str, Any]]
+COLOURS = {"cross_entropy": "#d55e00", "calibrated": "#0072b2"}
+LABELS = {"cross_entropy": "cross-entropy", "calibrated": "calibrated cross-entropy"}
+TITLES = {
+    "digits_noisy": "Digits, 40 % wrong training labels",
+    "breast_cancer": "Breast cancer, 20 % wrong training labels",
+}
+PLACES = ("too small", "best", "too large")
+
+
+def calibration_figure(rows: Rows, rates: Mapping[str, float], path: Path) -> None:
+    """A row of three panels for each task.
+
+    Args:
+        rows: of `numbers.csv`.
+        rates: for each task the η whose curves are drawn.
+        path: of the PNG.
+    """
+    figure, axes = plt.subplots(
+        len(rates), 3, figsize=(16, 4.7 * len(rates)), layout="constrained", squeeze=False
+    )
+    for panels, (task, lr) in zip(axes, rates.items(), strict=True):
+        own = _of(rows, task=task)
+        _plot_losses(panels[0], _of(own, what="fixed", lr=lr))
+        panels[0].set_title(f"{TITLES[task]}: validation, η = {lr:g}")
+        _plot_accuracy(panels[1], own, lr)
+        _plot_windows(panels[2], _of(own, what="window"))
+    save_figure(figure, path)
+
+
+def _of(rows: Rows, **columns: Any) -> Rows:
+    return [row for row in rows if all(row.get(name) == v for name, v in columns.items())]
+
+
+def _plot_losses(axes: Axes, rows: Rows) -> None:
+    """A line per seed; the least of each is marked."""
+    for name, colour in COLOURS.items():
+        for number, (decays, values) in enumerate(_curves(rows, name)):
+            lowest = int(np.argmin(values))
+            label = LABELS[name] if number == 0 else None
+            axes.plot(decays, values, color=colour, lw=1.6, alpha=0.8, label=label)
+            axes.plot(decays[lowest], values[lowest], "o", color=colour, mec="black", ms=8)
+    axes.plot([], [], "o", color="white", mec="black", ms=8, label="its least value, per seed")
+    axes.set_ylabel("validation loss of the last weights (nats)")
+    _finish(axes)
+
+
+def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
+    grid = _of(rows, what="fixed", lr=lr)
+    losses = {name: list(_curves(grid, name)) for name in COLOURS}
+    for seed, (decays, accuracies) in enumerate(_curves(grid, "test_accuracy")):
+        label = f"fixed λ, η = {lr:g}; a line per seed" if seed == 0 else None
+        axes.plot(decays, 100 * accuracies, color="0.55", lw=1.4, label=label)
+        for name, colour in COLOURS.items():
+            lowest = int(np.argmin(losses[name][seed][1]))
+            axes.plot(
+                decays[lowest], 100 * accuracies[lowest], "o", color=colour, mec="black", ms=8,
+                zorder=4, label=f"λ of the least {LABELS[name]}" if seed == 0 else None,
+            )  # fmt: skip
+    for name, colour in COLOURS.items():
+        own = _of(rows, what="learned", criterion=name)
+        axes.plot(
+            [row["weight_decay"] for row in own], [100 * row["test_accuracy"] for row in own], "*",
+            color=colour, mec="black", ms=15, ls="none", zorder=5,
+            label=f"from_any_start, {LABELS[name]}",
+        )  # fmt: skip
+    axes.set(ylabel="test accuracy of the last weights (%)", title="What each λ is worth")
+    _finish(axes)
+
+
+def _plot_windows(axes: Axes, rows: Rows) -> None:
+    """Bars: how often a window drives λ down, for each K and loss, in three groups by λ."""
+    lengths = list(dict.fromkeys(row["window"] for row in rows))
+    width = 0.8 / (len(lengths) * len(COLOURS))
+    for group, place in enumerate(PLACES):
+        bars = [(name, length) for name in COLOURS for length in lengths]
+        for number, (name, length) in enumerate(bars):
+            own = _of(rows, place=place, criterion=name, window=length)
+            share = 100 * np.mean([row["slope"] > 0 for row in own])
+            x = group + (number - (len(bars) - 1) / 2) * width
+            label = LABELS[name] if group == 0 and length == lengths[0] else None
+            axes.bar(x, share, 0.9 * width, color=COLOURS[name], label=label)
+            axes.annotate(
+                f"{length}", (x, share), xytext=(0, 2), textcoords="offset points", ha="center",
+                fontsize="small",
+            )  # fmt: skip
+    wanted = {0: 0, 2: 100}
+    for group, share in wanted.items():
+        label = "right" if group == 0 else None
+        axes.plot([group - 0.45, group + 0.45], [share] * 2, color="#009e73", lw=3, label=label)
+    names = [f"λ {place}" for place in PLACES]
+    axes.set_xticks(range(len(PLACES)), names)
+    axes.set_ylabel("states in which dE/d log λ > 0:\nλ is driven down (%)")
+    axes.set_title("Which way a window of K steps pushes λ (number: K)")
+    axes.set_ylim(-2, 135)
+    axes.set_yticks(range(0, 101, 20))
+    axes.grid(alpha=0.3, axis="y")
+    axes.legend(fontsize="small", ncols=3, loc="upper center")
+
+
+def _curves(rows: Rows, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    """λ and a column, for each seed; what is not finite counts as infinite."""
+    found = []
+    for seed in dict.fromkeys(row["seed"] for row in rows):
+        own = sorted(_of(rows, seed=seed), key=lambda row: row["weight_decay"])
+        decays, values = (np.array([r[c] for r in own], float) for c in ("weight_decay", name))
+        found.append((decays, np.where(np.isfinite(values), values, np.inf)))
+    return found
+
+
+def _finish(axes: Axes) -> None:
+    axes.set(xscale="log", xlabel="weight decay λ (log scale, no unit)")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small")
