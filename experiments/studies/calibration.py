@@ -14,12 +14,17 @@ from typing import Any
 
 from tqdm import tqdm
 
-from experiments.band.config import load_tasks
-from experiments.band.problems import Problem
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.calibration_figure import calibration_figure
-from experiments.studies.calibration_trainings import CRITERIA, Row, fixed, learned, windows
+from experiments.studies.calibration_trainings import (
+    CRITERIA,
+    Row,
+    fixed,
+    learned,
+    problem_of,
+    windows,
+)
 from experiments.studies.schema import CalibrationConfig
 from experiments.studies.study import save_numbers, settings_of, spread
 
@@ -76,8 +81,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 
 
 def _one(task: str, seed: int, settings: CalibrationConfig) -> Iterator[Row]:
-    shorter = [] if settings.epochs is None else [f"task.epochs={settings.epochs}"]
-    problem = Problem(load_tasks([f"task={task}", *shorter])[task], seed)
+    problem = problem_of(task, seed, settings.epochs)
     rates = settings.rates[task]
     grid = list(fixed(problem, rates, settings.decays))
     yield from grid
@@ -183,7 +187,7 @@ def _sentences(task: str, found: dict[str, Any]) -> Iterator[str]:
         mean = _percent(by_rate["mean over η"]["test_accuracy"])
         yield f"{task}, λ by {judge}: test accuracy {mean}; {', '.join(accuracies)}."
     gain = found["calibrated_minus_cross_entropy"]
-    yield f"{task}, calibrated minus cross-entropy: {_percent(gain)} points."
+    yield f"{task}, calibrated minus cross-entropy, test accuracy: {_percent(gain)}."
     for name, own in found["learned"].items():
         yield (
             f"{task}, learned by {NAMES[name]}: λ {_range(own['weight_decay'])}, "

@@ -78,9 +78,14 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
         own = _of(rows, what="learned", criterion=name)
         axes.plot(
             [row["weight_decay"] for row in own], [100 * row["test_accuracy"] for row in own], "*",
-            color=colour, mec="black", ms=15, ls="none", zorder=5,
+            color=colour, mec="black", ms=12, ls="none", zorder=5,
             label=f"from_any_start, {LABELS[name]}",
         )  # fmt: skip
+    marked = np.concatenate(
+        [np.asarray(m.get_ydata()) for m in axes.lines if m.get_marker() in "o*"]
+    )
+    low, high = marked.min(), max(marked.max(), *(100 * row["test_accuracy"] for row in grid))
+    axes.set_ylim(low - 0.6 * (high - low) - 1, high + 1)
     axes.set(ylabel="test accuracy of the last weights (%)", title="What each λ is worth")
     _finish(axes)
 

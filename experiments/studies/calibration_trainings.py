@@ -9,11 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from hydra.core.global_hydra import GlobalHydra
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 import hypertorch
+from experiments.band.config import load_tasks
 from experiments.band.problems import Problem
 from experiments.band.stacked import StackedMLP, stacked_optimizer
 from experiments.band.trainee import Trainee, base_optimizer
@@ -27,6 +29,26 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "cross_entropy": cross_entropy,
     "calibrated": hypertorch.calibrated_cross_entropy,
 }
+
+
+def problem_of(task: str, seed: int, epochs: int | None = None) -> Problem:
+    """A task of the benchmark, composed even where Hydra already runs a command.
+
+    Args:
+        task: its name.
+        seed: of the split, of the weights and of the batches.
+        epochs: None leaves the task's own.
+
+    Returns:
+        The problem.
+    """
+    shorter = [] if epochs is None else [f"task.epochs={epochs}"]
+    running = GlobalHydra.instance().hydra
+    GlobalHydra.instance().clear()
+    try:
+        return Problem(load_tasks([f"task={task}", *shorter])[task], seed)
+    finally:
+        GlobalHydra.instance().hydra = running
 
 
 def batches_of(problem: Problem) -> list[Examples]:

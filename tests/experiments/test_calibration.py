@@ -4,13 +4,21 @@ import math
 
 import pytest
 import torch
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
 from torch.nn.functional import cross_entropy
 
-from experiments.band.config import load_tasks
-from experiments.band.problems import Problem
+from experiments.config import CONFIG_FOLDER
 from experiments.loaders import Examples
 from experiments.studies.calibration import picked
-from experiments.studies.calibration_trainings import CRITERIA, fixed, learned, scores, windows
+from experiments.studies.calibration_trainings import (
+    CRITERIA,
+    fixed,
+    learned,
+    problem_of,
+    scores,
+    windows,
+)
 from experiments.tasks import Task
 
 
@@ -19,7 +27,7 @@ def double(examples):
 
 
 def problem(name="digits_noisy", epochs=3):
-    found = Problem(load_tasks([f"task={name}", f"task.epochs={epochs}"])[name], 1)
+    found = problem_of(name, 1, epochs)
     task = found.task
     found.task = Task(*map(double, (task.train, task.validation, task.test)), task.classes)
     return found
@@ -47,6 +55,13 @@ def trained(where, lr, weight_decay, steps=None, window=0):
             step += 1
     with torch.no_grad():
         return [model(part.x) for part in (where.task.validation, where.task.test)]
+
+
+def test_a_task_is_composed_while_hydra_runs_the_command():
+    with initialize_config_dir(str(CONFIG_FOLDER), version_base="1.3"):
+        running = GlobalHydra.instance().hydra
+        assert problem_of("breast_cancer", 0, 2).steps == 4
+        assert GlobalHydra.instance().hydra is running is not None
 
 
 def test_fixed_runs_are_those_of_torch_with_a_linear_decay():
