@@ -72,7 +72,7 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
             lowest = int(np.argmin(losses[name][seed][1]))
             axes.plot(
                 decays[lowest], 100 * accuracies[lowest], "o", color=colour, mec="black", ms=8,
-                zorder=4, label=f"λ of the least {LABELS[name]}" if seed == 0 else None,
+                ls="none", zorder=4, label=f"λ of the least {LABELS[name]}" if seed == 0 else None,
             )  # fmt: skip
     for name, colour in COLOURS.items():
         own = _of(rows, what="learned", criterion=name)
@@ -81,9 +81,8 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
             color=colour, mec="black", ms=12, ls="none", zorder=5,
             label=f"from_any_start, {LABELS[name]}",
         )  # fmt: skip
-    marked = np.concatenate(
-        [np.asarray(m.get_ydata()) for m in axes.lines if m.get_marker() in "o*"]
-    )
+    marks = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_ls() == "None"]
+    marked = np.concatenate(marks)
     low, high = marked.min(), max(marked.max(), *(100 * row["test_accuracy"] for row in grid))
     axes.set_ylim(low - 0.6 * (high - low) - 1, high + 1)
     axes.set(ylabel="test accuracy of the last weights (%)", title="What each λ is worth")
