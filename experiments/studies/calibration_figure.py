@@ -81,7 +81,7 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
             color=colour, mec="black", ms=12, ls="none", zorder=5,
             label=f"from_any_start, {LABELS[name]}",
         )  # fmt: skip
-    marks = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_ls() == "None"]
+    marks = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "None"]
     marked = np.concatenate(marks)
     low, high = marked.min(), max(marked.max(), *(100 * row["test_accuracy"] for row in grid))
     axes.set_ylim(low - 0.6 * (high - low) - 1, high + 1)
