@@ -80,7 +80,7 @@ def unrolled(
         The wrapped optimizer.
     """
     engine = hypertorch.Unroll()
-    return any_start(optimizer, model, problem, engine=engine, window=20, update_every=200)
+    return any_start(optimizer, model, problem, engine=engine)
 
 
 PRESETS: dict[str, Preset] = {
