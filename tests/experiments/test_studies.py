@@ -50,6 +50,7 @@ TINY: dict[str, list[str]] = {
         "study.decays=[0.001,0.1]",
         "study.windows=[2,3]",
         "study.states=2",
+        "study.factors=[0.3,3.0]",
     ],
     "constraint_set": [
         "task.train_size=30",
