@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
@@ -36,7 +36,6 @@ JUDGES = {
     "test_accuracy": False,
 }
 NAMES = {"cross_entropy": "cross-entropy", "calibrated": "calibrated cross-entropy"}
-PLACES = {"too small": -1, "best": 0, "too large": 1}  # powers of `away`
 
 
 def picked(rows: Sequence[Row], judge: str) -> Row:
@@ -88,10 +87,10 @@ def _one(task: str, seed: int, settings: CalibrationConfig) -> Iterator[Row]:
     yield from (learned(problem, criterion) for criterion in CRITERIA)
     lr = _middle(rates)
     best = picked([row for row in grid if row["lr"] == lr], "validation_accuracy")
-    for place, power in PLACES.items():
-        decay = best["weight_decay"] * settings.away**power
+    for factor in settings.factors:
+        decay = factor * best["weight_decay"]
         for row in windows(problem, lr, decay, settings.windows, settings.states):
-            yield {"place": place, "lr": lr, "weight_decay": decay, **row}
+            yield {"factor": factor, "lr": lr, "weight_decay": decay, **row}
 
 
 def _middle(rates: Sequence[float]) -> float:
@@ -135,13 +134,13 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
             for name in CRITERIA
         },
         "probes": {
-            place: {
-                column: spread([row[column] for row in _of(rows, what="probe", place=place)])
+            f"{factor:g}": {
+                column: spread([row[column] for row in _of(rows, what="probe", factor=factor)])
                 for column in ("weight_decay", "validation_accuracy", "test_accuracy")
             }
-            for place in PLACES
+            for factor in _values(_of(rows, what="probe"), "factor")
         },
-        "driven_down": {name: _driven_down(_of(rows, criterion=name)) for name in CRITERIA},
+        "windows": {name: _pushes(_of(rows, criterion=name)) for name in CRITERIA},
     }
 
 
@@ -149,8 +148,8 @@ def _picked(by_rate: dict[float, list[Row]]) -> dict[str, Any]:
     """What a judge's λ is worth, for each η, and averaged over η first."""
     found = {
         f"{lr:g}": {
-            "weight_decay": spread([row["weight_decay"] for row in rows]),
-            "test_accuracy": spread([row["test_accuracy"] for row in rows]),
+            column: spread([row[column] for row in rows])
+            for column in ("weight_decay", "inverse_temperature", "test_accuracy")
         }
         for lr, rows in by_rate.items()
     }
@@ -159,28 +158,37 @@ def _picked(by_rate: dict[float, list[Row]]) -> dict[str, Any]:
     return {**found, "mean over η": {"test_accuracy": spread(means)}}
 
 
-def _driven_down(rows: Sequence[Row]) -> dict[str, Any]:
-    """The fraction of the states in which dE/d log λ > 0, for each K and λ, over the seeds."""
+def _pushes(rows: Sequence[Row]) -> dict[str, Any]:
+    """For each K how often the sign is right off the best λ, and how often λ is driven down."""
     rows = _of(rows, what="window")
+    off = [row for row in rows if row["factor"] != 1]
     return {
         f"{length}": {
-            place: spread(
-                [
-                    statistics.fmean(row["slope"] > 0 for row in _of(own, seed=seed))
-                    for seed in _values(own, "seed")
-                ]
-            )
-            for place in PLACES
-            for own in [_of(rows, window=length, place=place)]
+            "right": _share(_of(off, window=length), lambda r: _down(r) == (r["factor"] > 1)),
+            "down": {
+                f"{factor:g}": _share(_of(rows, window=length, factor=factor), _down)
+                for factor in _values(rows, "factor")
+            },
         }
         for length in _values(rows, "window")
     }
 
 
+def _down(row: Row) -> bool:
+    return bool(row["slope"] > 0)
+
+
+def _share(rows: Sequence[Row], holds: Callable[[Row], bool]) -> dict[str, Any]:
+    """The fraction of a seed's rows for which something holds, over the seeds."""
+    by_seed = [_of(rows, seed=seed) for seed in _values(rows, "seed")]
+    return spread([statistics.fmean(map(holds, own)) for own in by_seed])
+
+
 def _sentences(task: str, found: dict[str, Any]) -> Iterator[str]:
     for judge, by_rate in found["picked"].items():
         accuracies = [
-            f"{_percent(own['test_accuracy'])} at η = {lr} (λ {_range(own['weight_decay'])})"
+            f"{_percent(own['test_accuracy'])} at η = {lr} (λ {_range(own['weight_decay'])}, "
+            f"β {_range(own['inverse_temperature'])})"
             for lr, own in by_rate.items()
             if lr != "mean over η"
         ]
@@ -194,15 +202,18 @@ def _sentences(task: str, found: dict[str, Any]) -> Iterator[str]:
             f"η {_range(own['lr'])}, test accuracy {_percent(own['test_accuracy'])}, "
             f"cost {own['cost']['mean']:.2f}."
         )
-    for place, own in found["probes"].items():
+    for factor, own in found["probes"].items():
         yield (
-            f"{task}, λ {place} ({_range(own['weight_decay'])}): validation accuracy "
+            f"{task}, {factor} × best λ ({_range(own['weight_decay'])}): validation accuracy "
             f"{_percent(own['validation_accuracy'])}, test {_percent(own['test_accuracy'])}."
         )
-    for name, by_window in found["driven_down"].items():
-        for length, by_place in by_window.items():
-            shares = [f"{_percent(own, 0)} {place}" for place, own in by_place.items()]
-            yield f"{task}, {NAMES[name]}, K = {length}, λ driven down in: {', '.join(shares)}."
+    for name, by_window in found["windows"].items():
+        for length, own in by_window.items():
+            shares = [f"{_percent(down, 0)} at {factor}" for factor, down in own["down"].items()]
+            yield (
+                f"{task}, {NAMES[name]}, K = {length}: right sign in {_percent(own['right'], 0)} "
+                f"of the states, λ driven down in {', '.join(shares)} × best λ."
+            )
 
 
 def _percent(own: dict[str, Any], digits: int = 1) -> str:

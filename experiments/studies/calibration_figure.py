@@ -19,10 +19,10 @@ Rows = Sequence[dict[str, Any]]
 COLOURS = {"cross_entropy": "#d55e00", "calibrated": "#0072b2"}
 LABELS = {"cross_entropy": "cross-entropy", "calibrated": "calibrated cross-entropy"}
 TITLES = {
-    "digits_noisy": "Digits, 40 % wrong training labels",
-    "breast_cancer": "Breast cancer, 20 % wrong training labels",
+    "digits_noisy": "Digits, 40 % wrong labels",
+    "breast_cancer": "Breast cancer, 20 % wrong labels",
 }
-PLACES = ("too small", "best", "too large")
+STYLES = (":", "--", "-", "-.")
 
 
 def calibration_figure(rows: Rows, rates: Mapping[str, float], path: Path) -> None:
@@ -34,7 +34,7 @@ def calibration_figure(rows: Rows, rates: Mapping[str, float], path: Path) -> No
         path: of the PNG.
     """
     figure, axes = plt.subplots(
-        len(rates), 3, figsize=(16, 4.7 * len(rates)), layout="constrained", squeeze=False
+        len(rates), 3, figsize=(17.5, 4.7 * len(rates)), layout="constrained", squeeze=False
     )
     for panels, (task, lr) in zip(axes, rates.items(), strict=True):
         own = _of(rows, task=task)
@@ -72,17 +72,18 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
             lowest = int(np.argmin(losses[name][seed][1]))
             axes.plot(
                 decays[lowest], 100 * accuracies[lowest], "o", color=colour, mec="black", ms=8,
-                ls="none", zorder=4, label=f"λ of the least {LABELS[name]}" if seed == 0 else None,
+                ls="none", zorder=4,
             )  # fmt: skip
     for name, colour in COLOURS.items():
         own = _of(rows, what="learned", criterion=name)
         axes.plot(
             [row["weight_decay"] for row in own], [100 * row["test_accuracy"] for row in own], "*",
             color=colour, mec="black", ms=12, ls="none", zorder=5,
-            label=f"from_any_start, {LABELS[name]}",
         )  # fmt: skip
     marks = [np.asarray(line.get_ydata()) for line in axes.lines if line.get_linestyle() == "None"]
     marked = np.concatenate(marks)
+    for marker, size, label in (("o", 8, "λ of the least loss"), ("*", 12, "λ of from_any_start")):
+        axes.plot([], [], marker, color="white", mec="black", ms=size, label=label)
     low, high = marked.min(), max(marked.max(), *(100 * row["test_accuracy"] for row in grid))
     axes.set_ylim(low - 0.6 * (high - low) - 1, high + 1)
     axes.set(ylabel="test accuracy of the last weights (%)", title="What each λ is worth")
@@ -90,33 +91,30 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
 
 
 def _plot_windows(axes: Axes, rows: Rows) -> None:
-    """Bars: how often a window drives λ down, for each K and loss, in three groups by λ."""
-    lengths = list(dict.fromkeys(row["window"] for row in rows))
-    width = 0.8 / (len(lengths) * len(COLOURS))
-    for group, place in enumerate(PLACES):
-        bars = [(name, length) for name in COLOURS for length in lengths]
-        for number, (name, length) in enumerate(bars):
-            own = _of(rows, place=place, criterion=name, window=length)
-            share = 100 * np.mean([row["slope"] > 0 for row in own])
-            x = group + (number - (len(bars) - 1) / 2) * width
-            label = LABELS[name] if group == 0 and length == lengths[0] else None
-            axes.bar(x, share, 0.9 * width, color=COLOURS[name], label=label)
-            axes.annotate(
-                f"{length}", (x, share), xytext=(0, 2), textcoords="offset points", ha="center",
-                fontsize="small",
-            )  # fmt: skip
-    wanted = {0: 0, 2: 100}
-    for group, share in wanted.items():
-        label = "right" if group == 0 else None
-        axes.plot([group - 0.45, group + 0.45], [share] * 2, color="#009e73", lw=3, label=label)
-    names = [f"λ {place}" for place in PLACES]
-    axes.set_xticks(range(len(PLACES)), names)
+    """How often a window drives λ down, against λ: a line for each K and loss."""
+    factors = sorted({row["factor"] for row in rows})
+    lengths = sorted({row["window"] for row in rows})
+    for name, colour in COLOURS.items():
+        for number, length in enumerate(lengths):
+            shares = [
+                100 * np.mean([row["slope"] > 0 for row in own])
+                for factor in factors
+                for own in [_of(rows, criterion=name, window=length, factor=factor)]
+            ]
+            style = STYLES[number % len(STYLES)]
+            label = f"{LABELS[name]}, K = {length}"
+            axes.plot(factors, shares, style, color=colour, lw=1.8, label=label)
+            axes.plot(factors, shares, "o", color=colour, ms=5)
+    for low, high, share in ((factors[0], 1, 0), (1, factors[-1], 100)):
+        right = "right" if share == 0 else ""
+        axes.plot([low, high], [share] * 2, color="#009e73", lw=7, alpha=0.35, label=right)
+    axes.set(xscale="log", ylim=(-4, 104), xlabel="λ, as a multiple of the best one on the grid")
+    axes.set_xticks(factors, [f"{factor:g}" for factor in factors])
+    axes.minorticks_off()
     axes.set_ylabel("states in which dE/d log λ > 0:\nλ is driven down (%)")
-    axes.set_title("Which way a window of K steps pushes λ (number: K)")
-    axes.set_ylim(-2, 135)
-    axes.set_yticks(range(0, 101, 20))
-    axes.grid(alpha=0.3, axis="y")
-    axes.legend(fontsize="small", ncols=3, loc="upper center")
+    axes.set_title("Which way a window of K steps pushes λ")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize="small", handlelength=3, loc="center left", bbox_to_anchor=(1.01, 0.5))
 
 
 def _curves(rows: Rows, name: str) -> list[tuple[np.ndarray, np.ndarray]]:

@@ -249,12 +249,14 @@ class CalibrationConfig:
         }
     )
     decays: list[float] = field(
-        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0]
+        default_factory=lambda: [1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0, 3.0, 10.0]
     )
     epochs: int | None = None  # None: the task's own
     windows: list[int] = field(default_factory=lambda: [5, 20, 60])  # K
     states: int = 8  # of a run, in which windows are differentiated
-    away: float = 10.0  # λ too small and too large: the best one by as much
+    factors: list[float] = field(  # λ of these runs, as a multiple of the best one
+        default_factory=lambda: [0.1, 0.3, 1.0, 3.0, 10.0]
+    )
 
 
 STUDIES: dict[str, type] = {
