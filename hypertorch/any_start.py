@@ -57,8 +57,8 @@ def from_any_start(
     learned. Windows without a Hessian want to lower η early, and the schedule does that better.
 
     A trial that raises the criterion is judged by that: E alone is blind to weights that explode.
-    Why this outer loss: see `calibrated_cross_entropy`. Why no unrolled window for λ: in twenty
-    steps its slope has the right sign at three times the price, in five it does not; and a few
+    Why this outer loss: see `calibrated_cross_entropy`. Why no unrolled window for λ: over twenty
+    steps its slope mostly has the right sign, at three times the price, over five less often; a few
     products with the Hessian look further than either.
 
     Args:

@@ -21,8 +21,8 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         E = CE(β* z, y),     β* = argmin_β CE(β z, y),     ∂E/∂z = β* ∂CE(β* z, y)/∂(β z)
 
     It is the same for z and for any multiple of z, so that no hyperparameter is credited with
-    larger weights alone: neither with a model that grows surer early in training (which drives λ
-    down in every short window), nor with one that is unsure since labels were wrong. β* is that of
+    larger weights alone, as where wrong training labels have left a good model unsure (which drives
+    λ down in nearly every window of five steps). β* is that of
     this batch; at the minimum its own derivative does not count. As in Platt's scaling the targets
     are smoothed, by ε = 1 / (n + 2) for n examples, or β* would be infinite for a batch without
     errors.
