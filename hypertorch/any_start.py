@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibration import calibrated_cross_entropy
 from .errors import ArgumentError
@@ -56,7 +57,9 @@ def from_any_start(
     `step(loss)`. Attach a scheduler that brings η to zero within `steps`; it multiplies what is
     learned. Windows without a Hessian want to lower η early, and the schedule does that better.
 
-    A trial that raises the criterion is judged by that: E alone is blind to weights that explode.
+    Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after ten
+    steps the running ones are not yet those of the data. One that raises the criterion is judged by
+    that, since E alone is blind to weights that explode.
     Why this outer loss: see `calibrated_cross_entropy`. Why no unrolled window for λ: over twenty
     steps its slope mostly has the right sign, at three times the price, over five less often; a few
     products with the Hessian look further than either.
@@ -151,8 +154,11 @@ class BatchLosses:
         return self.of(self.optimizer._steps // self.optimizer._loop.update_every)
 
     def mean(self) -> Tensor:
-        """Return the mean loss in eval mode."""
+        """Return the mean loss, without dropout, and by the statistics of each batch itself."""
+        normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
         self.model.eval()
+        for module in normalising:
+            module.train()
         return torch.stack([self.of(k) for k in range(len(self.batches))]).mean()
 
 

@@ -98,6 +98,21 @@ def test_one_run_beats_one_with_the_starting_values():
     assert optimizer.cost < 1.6 * STEPS  # trials are a large part of so short a run
 
 
+def test_batchnorm_finds_a_start_too():
+    """Its running statistics, in eval mode, would make every trial look worse than none."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+    )
+    before = copy.deepcopy(model.state_dict())
+    bare = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=0.1)
+    train, validation = loaders()
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    assert 1e-3 < optimizer.hyperparameters["lr"]().item() < 3
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
 def test_nothing_is_left_of_the_trials():
     torch.manual_seed(3)
     model, train = network(), loaders()[0]
