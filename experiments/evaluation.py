@@ -58,3 +58,8 @@ class BestWeights:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over what `state_dict` returned."""
         vars(self).update(state)
+
+
+def or_infinite(loss: float) -> float:
+    """A loss that can be compared: a run that diverged is worse than any other."""
+    return loss if math.isfinite(loss) else math.inf

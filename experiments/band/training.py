@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -13,6 +12,7 @@ from experiments.band.methods import METHODS
 from experiments.band.problems import Problem
 from experiments.band.rows import Row, Run
 from experiments.band.trainee import PlainClock, Trainee
+from experiments.evaluation import or_infinite
 from experiments.loaders import Examples
 
 
@@ -103,7 +103,7 @@ class Loop:
             best_step=self.checkpoints.best_step,
             lowest_validation_loss=self.checkpoints.lowest,
             last_validation_accuracy=last_accuracy,
-            last_validation_loss=last_loss if math.isfinite(last_loss) else math.inf,
+            last_validation_loss=or_infinite(last_loss),
             final_lr=lr,
             final_weight_decay=weight_decay,
             steps=self.problem.steps,

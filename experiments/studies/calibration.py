@@ -7,13 +7,13 @@ say which λ is better.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
+from experiments.evaluation import or_infinite
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.calibration_figure import calibration_figure
@@ -49,7 +49,7 @@ def picked(rows: Sequence[Row], judge: str) -> Row:
         One of the rows.
     """
     sign = 1 if JUDGES[judge] else -1
-    costs = [sign * r[judge] if math.isfinite(r[judge]) else math.inf for r in rows]
+    costs = [or_infinite(sign * r[judge]) for r in rows]
     best = [row for row, cost in zip(rows, costs, strict=True) if cost == min(costs)]
     return sorted(best, key=lambda row: row["weight_decay"])[(len(best) - 1) // 2]
 

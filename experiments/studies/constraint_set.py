@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypertorch
+from experiments.evaluation import or_infinite
 from experiments.optimizers import build
 from experiments.run_folder import RunFolder
 from experiments.scheduled_sgd import ScheduledSGD
@@ -117,7 +118,7 @@ class Laboratory:
 
     def least(self, box: Box, surface: Sequence[Row]) -> Row:
         """The least E in the box: Nelder and Mead's search by scipy, from the best of the grid."""
-        best = min(surface, key=lambda row: row["E"] if math.isfinite(row["E"]) else math.inf)
+        best = min(surface, key=lambda row: or_infinite(row["E"]))
         found = minimize(
             lambda point: self.plain(*point),
             [best[name] for name in NAMES],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, NullLocator
 
+from experiments.evaluation import or_infinite
 from experiments.figures import save_figure
 
 Rows = Sequence[dict[str, Any]]
@@ -160,7 +160,7 @@ def _plot_minima(axes: Axes, cells: Rows) -> None:
 
 def cost_of(row: Mapping[str, Any]) -> float:
     """The cost of a training, infinite where it diverged."""
-    return row["cost"] if math.isfinite(row["cost"]) else math.inf
+    return or_infinite(row["cost"])
 
 
 def minima(surface: Rows) -> list[dict[str, Any]]:

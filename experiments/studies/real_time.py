@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypertorch
+from experiments.evaluation import or_infinite
 from experiments.models import MLP
 from experiments.optimizers import build
 from experiments.run_folder import RunFolder
@@ -157,7 +157,7 @@ class Laboratory:
         pairs = itertools.product(settings.grid_rates, settings.grid_momenta)
         tried = [{"method": "grid", **self.train(*pair)} for pair in pairs]
         yield from ({"what": "cell", **row} for row in tried)
-        best = min(tried, key=lambda row: _or_infinite(row["validation_loss"]))
+        best = min(tried, key=lambda row: or_infinite(row["validation_loss"]))
         yield {"what": "end", **best, "cost": len(tried) * settings.steps}
 
     def study(self) -> Iterator[Row]:
@@ -174,10 +174,6 @@ class Laboratory:
 def _present(optimizer: hypertorch.HyperOptimizer) -> dict[str, float]:
     learned = optimizer.hyperparameters
     return {"eta": learned["lr"]().item(), "mu": learned["momentum"]().item()}
-
-
-def _or_infinite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:

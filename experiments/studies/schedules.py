@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypertorch
+from experiments.evaluation import or_infinite
 from experiments.optimizers import build
 from experiments.run_folder import RunFolder
 from experiments.scheduled_sgd import ScheduledSGD
@@ -123,7 +124,7 @@ class Laboratory:
             }
             for rate in grid
         ]
-        best = min(tried, key=lambda row: _or_infinite(row["validation_loss"]))
+        best = min(tried, key=lambda row: or_infinite(row["validation_loss"]))
         return self.shaped(shape, best["rate"]), tried
 
     def learn(self, how: str) -> tuple[Tensor, list[Row]]:
@@ -184,10 +185,6 @@ class Laboratory:
             for start in range(self.settings.fresh_starts + 1):
                 what = "fresh" if start else "chosen"
                 yield {"what": what, "method": method, **self.train(schedule, start)}
-
-
-def _or_infinite(loss: float) -> float:
-    return loss if math.isfinite(loss) else math.inf
 
 
 def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
