@@ -104,7 +104,9 @@ def from_any_start(
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
-    of_decay = Implicit(Lanczos(max_steps=4), inner_loss=inner, holds_preconditioner=True)
+    of_decay = Implicit(
+        Lanczos(max_steps=4), inner_loss=inner, warm_start=False, holds_preconditioner=True
+    )
     chosen: dict[str, Any] = {
         "engine": PerHyperparameter({"lr": FirstOrder(), "weight_decay": of_decay}),
         "window": 20,
