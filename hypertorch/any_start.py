@@ -83,8 +83,8 @@ def from_any_start(
         ArgumentError: a loader is empty, or `steps` is not positive.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
 
-    Cost: about seven trials of ten steps, once; from then on, for every 100 steps, two gradients
-    of E, one of the loss and four Hessian-vector products: 11 training steps.
+    Cost: about seven trials of ten steps, once; from then on, for every 100 steps, a gradient
+    of E, one of the loss and four Hessian-vector products: 10 training steps.
 
     Example:
         >>> model, data = nn.Linear(4, 3), [(torch.randn(8, 4), torch.arange(8) % 3)] * 12

@@ -186,23 +186,63 @@ class Engine(ABC):
 
 
 def outer_gradient(
-    outer_loss: Tensor, params: Sequence[Tensor], values: Mapping[str, Tensor]
-) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Return ∂_s E at the weights, `None` where E does not depend on one, and ∂_λ E.
+    outer_loss: OuterLoss, params: Sequence[Tensor], values: Mapping[str, Tensor]
+) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
+    """Return E, ∂_s E at the weights, `None` where E does not depend on one, and ∂_λ E.
 
     Raises:
         WindowError: E depends on none of the weights.
     """
-    trainable = [p for p in params if p.requires_grad]
-    found = torch.autograd.grad(outer_loss, [*trainable, *values.values()], allow_unused=True)
+    if isinstance(outer_loss, TakenOnce):
+        return outer_loss.gradient(params, values)
+    loss, trainable = outer_loss(), [p for p in params if p.requires_grad]
+    found = torch.autograd.grad(loss, [*trainable, *values.values()], allow_unused=True)
     if all(gradient is None for gradient in found[: len(trainable)]):
         raise independent_outer_loss()
     gradients = iter(found[: len(trainable)])
     direct = zip(values.items(), found[len(trainable) :], strict=True)
     return (
+        loss.detach(),
         [next(gradients) if p.requires_grad else None for p in params],
         {n: torch.zeros_like(v) if d is None else d for (n, v), d in direct},
     )
+
+
+class TakenOnce:
+    """E whose gradient several windows want: at the weights `params` it is computed once.
+
+    Args:
+        outer_loss: E.
+        params: the weights that most of them take it at; at others it is computed anew.
+        values: λ of all of them.
+
+    Attributes:
+        spared: how often it was wanted again.
+    """
+
+    def __init__(
+        self, outer_loss: OuterLoss, params: Sequence[Tensor], values: Mapping[str, Tensor]
+    ) -> None:
+        self._outer_loss, self._params, self._values = outer_loss, params, values
+        self._found: tuple[Tensor, list[Tensor | None], dict[str, Tensor]] | None = None
+        self.spared = 0
+
+    def __call__(self) -> Tensor:
+        """Return E at the weights the model holds."""
+        return self._outer_loss()
+
+    def gradient(
+        self, params: Sequence[Tensor], values: Mapping[str, Tensor]
+    ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
+        """Return what `outer_gradient` does."""
+        if any(p is not own for p, own in zip(params, self._params, strict=True)):
+            return outer_gradient(self._outer_loss, params, values)
+        if self._found is None:
+            self._found = outer_gradient(self._outer_loss, self._params, self._values)
+        else:
+            self.spared += 1
+        loss, at_weights, direct = self._found
+        return loss, at_weights, {name: direct[name] for name in values}
 
 
 def independent_outer_loss() -> WindowError:

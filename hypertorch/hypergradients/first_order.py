@@ -196,11 +196,10 @@ class FirstOrderWindow(LiveWindow):
         """
         values = self.training.values()
         with self._weights() as params:
-            loss = outer_loss()
-            gradient, direct = outer_gradient(loss, params, values)
+            loss, gradient, direct = outer_gradient(outer_loss, params, values)
         part = "param" if self._average is None else "average"
         along = self._tangents.along(gradient, part)
-        return loss.detach(), {name: direct[name] + along[name] for name in direct}
+        return loss, {name: direct[name] + along[name] for name in direct}
 
     @contextmanager
     def _weights(self) -> Iterator[Sequence[Tensor]]:

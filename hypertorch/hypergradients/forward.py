@@ -169,9 +169,9 @@ class ForwardWindow(LiveWindow):
         Raises:
             WindowError: E does not depend on the weights.
         """
-        loss, values = outer_loss(), self.training.values()
-        gradients, direct = outer_gradient(loss, self.params, values)
-        return loss.detach(), {
+        values = self.training.values()
+        loss, gradients, direct = outer_gradient(outer_loss, self.params, values)
+        return loss, {
             name: direct[name] + _along(gradients, self.tangents[name], value)
             for name, value in values.items()
         }

@@ -80,13 +80,13 @@ class ImplicitWindow(Window):
             SolverError: the linear system is not what the solver needs.
             WindowError: E is another model's.
         """
-        values, loss = self.training.values(), outer_loss()
-        at_weights, direct = outer_gradient(loss, self.params, values)
+        values = self.training.values()
+        loss, at_weights, direct = outer_gradient(outer_loss, self.params, values)
         system = self._engine.system(self._present())
         rhs = system.rhs(at_weights)
         size = _length(rhs)
         if not math.isfinite(loss.item() + size):
-            return loss.detach(), {n: torch.full_like(v, math.nan) for n, v in values.items()}
+            return loss, {n: torch.full_like(v, math.nan) for n, v in values.items()}
         found = self._engine.solve(system, rhs, self._adjoint)
         self._adjoint = found.value
         self._engine.last = Report(
@@ -97,7 +97,7 @@ class ImplicitWindow(Window):
             gap=system.gap(found.value).item(),
         )
         through = system.pulled_back(found.value)
-        return loss.detach(), {n: part + through[n] for n, part in direct.items()}
+        return loss, {n: part + through[n] for n, part in direct.items()}
 
     def _present(self) -> Linearised:
         """Return the step to differentiate: the last one."""

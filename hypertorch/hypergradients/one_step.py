@@ -97,20 +97,20 @@ class OneStepWindow(Window):
         Raises:
             WindowError: E does not depend on the weights.
         """
-        loss, values = outer_loss(), self.training.values()
-        adjoint, direct = outer_gradient(loss, self.params, values)  # α
+        values = self.training.values()
+        loss, adjoint, direct = outer_gradient(outer_loss, self.params, values)  # α
         pairs = [
             (p, a)
             for p, a in zip(self._last.params, adjoint, strict=True)
             if a is not None and p.requires_grad
         ]
         if not pairs:
-            return loss.detach(), direct
+            return loss, direct
         params, adjoints = zip(*pairs, strict=True)
         through_step = torch.autograd.grad(
             params, list(values.values()), adjoints, allow_unused=True, retain_graph=True
         )
-        return loss.detach(), {
+        return loss, {
             name: direct[name] if b is None else direct[name] + b  # B_Kᵀ α
             for name, b in zip(values, through_step, strict=True)
         }

@@ -11,7 +11,16 @@ from torch import Tensor
 
 from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
 from ..transition import Gradients
-from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, Window
+from .engine import (
+    Carried,
+    Engine,
+    LiveWindow,
+    OuterLoss,
+    TakenOnce,
+    Training,
+    TrainingStep,
+    Window,
+)
 
 
 class PerHyperparameter(Engine):
@@ -27,7 +36,7 @@ class PerHyperparameter(Engine):
     Raises:
         ArgumentTypeError, ArgumentError: there is none, or one of them needs the loss.
 
-    Cost: what each engine adds to the training steps, its gradient of E included.
+    Cost: what each engine adds to the training steps; the gradient of E at the last weights, once.
 
     Example:
         >>> import torch
@@ -72,6 +81,7 @@ class PerHyperparameter(Engine):
                     "steps itself. Use `FirstOrder()`, or `Implicit(…, inner_loss=…)`."
                 )
         self.engines = dict(engines)
+        self._spared = 0  # gradients of E, in the latest window
         self.differentiates_twice = any(e.differentiates_twice for e in engines.values())
 
     def check(self, training: Training) -> None:
@@ -111,12 +121,12 @@ class PerHyperparameter(Engine):
         shares = self._shares(training)
         parts = (carried or {}).get("parts") or [None] * len(shares)
         windows = [engine.open(own, c) for (engine, own), c in zip(shares, parts, strict=True)]
-        return SharedWindow(training, windows)
+        return SharedWindow(self, training, windows)
 
     def cost(self, horizon: int, training: Training) -> float:
         """Return K + Σ (what each engine adds)."""
         added = [engine.cost(horizon, own) - horizon for engine, own in self._shares(training)]
-        return horizon + sum(added)
+        return horizon + sum(added) - self._spared
 
     def __repr__(self) -> str:
         return f"PerHyperparameter({self.engines!r})"
@@ -126,13 +136,16 @@ class SharedWindow(LiveWindow):
     """Live steps that several windows see.
 
     Args:
+        engine: that opened it.
         training: what is trained and learned.
         windows: one per engine, at the same state.
     """
 
-    def __init__(self, training: Training, windows: Sequence[Window]) -> None:
+    def __init__(
+        self, engine: PerHyperparameter, training: Training, windows: Sequence[Window]
+    ) -> None:
         super().__init__(training)
-        self._windows = list(windows)
+        self._engine, self._windows = engine, list(windows)
 
     def step(self, step: TrainingStep) -> None:
         """Let each window see the step before it is made, and again after, by nesting them."""
@@ -154,10 +167,12 @@ class SharedWindow(LiveWindow):
         Raises:
             HypertorchError: what one of the engines raises.
         """
+        once = TakenOnce(outer_loss, self.params, self.training.values())
         found: dict[str, Tensor] = {}
         for window in self._windows:
-            loss, own = window.hypergradient(outer_loss)
+            loss, own = window.hypergradient(once)
             found.update(own)
+        self._engine._spared = once.spared
         return loss, {name: found[name] for name in self.training.hyperparameters}
 
     def close(self) -> Carried | None:

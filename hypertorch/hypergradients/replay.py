@@ -119,14 +119,13 @@ class ReplayedWindow(LiveWindow):
             WindowError: a closure is not replayable, or E is another model's.
         """
         try:
-            loss = outer_loss()
-            at_end, total = outer_gradient(loss, self.params, self.training.values())
+            loss, at_end, total = outer_gradient(outer_loss, self.params, self.training.values())
             adjoint = {(i, "param"): g for i, g in enumerate(at_end) if g is not None}
             end = len(self._recording)
             for start in sorted(self._stored, reverse=True):
                 adjoint = self._through_segment(start, end, adjoint, total)
                 end = start
-            return loss.detach(), total
+            return loss, total
         finally:
             self._recording.go_live()
 

@@ -80,13 +80,15 @@ class Digits:
             optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["SGD", "AdamW"])
-def test_each_number_is_that_of_its_engine_alone(name):
-    found, kind = {}, name
+@pytest.mark.parametrize("average", [None, 0.5])
+@pytest.mark.parametrize("kind", ["SGD", "AdamW"])
+def test_each_number_is_that_of_its_engine_alone(kind, average):
+    found = {}
     for name in ("lr", "weight_decay", "both"):
         task = Digits()
         task.bare = getattr(torch.optim, kind)(task.model.parameters(), lr=0.03, weight_decay=0.02)
-        engine = {"lr": FirstOrder(), "weight_decay": task.implicit(), "both": task.both()}[name]
+        engines = {"lr": FirstOrder(average), "weight_decay": task.implicit()}
+        engine = PerHyperparameter(engines) if name == "both" else engines[name]
         learn = ("lr", "weight_decay") if name == "both" else (name,)
         optimizer = task.wrapped(engine, learn=learn)
         task.train(optimizer, 7)
@@ -145,15 +147,19 @@ def test_it_learns_and_resumes_to_the_bit():
     assert one.hyperparameters["weight_decay"]().item() != pytest.approx(0.02, rel=1e-3)
 
 
-def test_its_cost_is_what_each_engine_adds():
+@pytest.mark.parametrize(("average", "gradients_of_outer_loss"), [(None, 1), (0.5, 2)])
+def test_its_cost_is_what_each_engine_adds(average, gradients_of_outer_loss):
     task = Digits()
+    evaluations, outer = [], task.outer
+    task.outer = lambda: evaluations.append(1) or outer()
     implicit = task.implicit()
-    engine = PerHyperparameter({"lr": FirstOrder(), "weight_decay": implicit})
+    engine = PerHyperparameter({"lr": FirstOrder(average), "weight_decay": implicit})
     optimizer = task.wrapped(engine)
     task.train(optimizer, 4)
     assert implicit.last.products > 1
-    # E's gradient twice, that of the own loss, and the products
-    assert optimizer.cost == 4 + 1 + (1 + 1 + 2 * implicit.last.products)
+    # E's gradient, once at the same weights; that of the own loss; and the products
+    assert len(evaluations) == gradients_of_outer_loss
+    assert optimizer.cost == 4 + gradients_of_outer_loss + 1 + 2 * implicit.last.products
 
 
 def test_a_weight_decay_that_overfits_is_seen_from_the_implicit_side():
