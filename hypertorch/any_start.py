@@ -124,7 +124,8 @@ def from_any_start(
 
     decay, trial = wrapped.hyperparameters["weight_decay"], BatchLosses(model, judged, judges)
     with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
-        search_lr(wrapped, [partial(inner.of, k) for k in range(TRIAL_STEPS)], trial.mean)
+        closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
+        search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
     start_weight_decay(wrapped, steps)
     return wrapped
 

@@ -7,7 +7,8 @@ decay does within a run depends on η and on the run's length alone.
 
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -24,25 +25,36 @@ from .state import leaving_no_trace
 
 #: η is multiplied by COARSE from trial to trial, and by FINE around the best of them.
 COARSE, FINE = 10.0, math.sqrt(10.0)
+#: The share of its loss that the first step of the first trial would take away, about.
+MODEST = 0.01
 
 
 def search_lr(
     optimizer: HyperOptimizer,
     inner_losses: Sequence[Callable[[], Tensor]],
     outer_loss: OuterLoss | None = None,
+    *,
+    outer_batches: int = 1,
 ) -> dict[float, float]:
     """Let the learned η start where a few training steps lower the outer loss most.
 
     Each trial makes the same K training steps from the present weights and buffers, at another η,
-    and takes them back. From the present η the trials go up by decades while E falls, or else down
-    while that lowers E or E is above what it was before any step, and end with half a decade on
-    either side of the best. All groups' η move by the same factor. E is taken on one validation
-    batch for all trials, so that a large one (some 500 examples) is worth its price.
+    and takes them back. The first is at the decade of
+
+        η = 0.01 |L| / (∇L · Δw),
+
+    where a first step with the direction Δw of the optimizer would lower the inner loss L by a
+    hundredth (of Polyak's η, were L's least value 0): the present η, if not absurd, decides
+    nothing. From there they go up by decades while E falls, or else down while that lowers E or E
+    is above what it was before any step, and end with half a decade on either side of the best. All
+    groups' η move by the same factor. E is taken on one validation batch for all trials, so that a
+    large one (some 500 examples) is worth its price.
 
     Args:
         optimizer: learns `lr`.
         inner_losses: K closures, one per training step, as in `hypergradient`: about ten.
         outer_loss: E of the trials; default: the optimizer's own.
+        outer_batches: how many batches of training's size E takes, for `optimizer.cost`.
 
     Returns:
         E by the η tried (the first group's), infinite where training diverged. The learned η is now
@@ -51,8 +63,8 @@ def search_lr(
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
 
-    Cost: K training steps and one E per trial: about nine trials from five decades away, four from
-    the right η. It is counted in `optimizer.cost`.
+    Cost: per trial, of which there are about five, K training steps, and a third of a step for
+    each batch of E. It is counted in `optimizer.cost`.
 
     Example:
         >>> import torch
@@ -75,14 +87,15 @@ def search_lr(
     optimizer.close()
     outer_loss = outer_loss or loop.outer_loss
     inner = [checked(loss, "An inner loss") for loss in inner_losses]
-    search = _Search(optimizer, lr, inner, checked(outer_loss, "The outer loss", has_graph=False))
+    outer = checked(outer_loss, "The outer loss", has_graph=False)
+    search = _Search(optimizer, lr, inner, outer, outer_batches / 3)
     with one_batch(outer_loss):
         best = search.run()
-    lr.set(lr.value.detach() * best)
+    lr.set(search.ratios * best)
     lr.clamp_()
     lr.refresh()
     loop.settings_were_set(search.cost)
-    return {search.start * factor: loss for factor, loss in sorted(search.found.items())}
+    return dict(sorted(search.found.items()))
 
 
 def start_weight_decay(optimizer: HyperOptimizer, steps: int) -> float:
@@ -150,7 +163,7 @@ def _shrinking(optimizer: HyperOptimizer) -> float:
 
 
 class _Search:
-    """Trials by the factor that η is multiplied with."""
+    """Trials by the first group's η; the others keep their ratios to it."""
 
     def __init__(
         self,
@@ -158,27 +171,31 @@ class _Search:
         lr: Setting,
         inner: list[Callable[[], Tensor]],
         outer: OuterLoss,
+        outer_cost: float,
     ) -> None:
-        self.optimizer, self.lr, self.inner, self.outer = optimizer, lr, inner, outer
-        self.start = lr.value.detach().flatten()[0].item()
+        self.optimizer, self.lr, self.inner = optimizer, lr, inner
+        self.outer, self.outer_cost = outer, outer_cost
+        present = lr.value.detach()
+        self.start = present.flatten()[0].item()
+        self.ratios = present / present.flatten()[0]
         self.found: dict[float, float] = {}
         self.cost = 0.0
 
     def run(self) -> float:
-        """Return the best factor."""
-        before, factor = self._outer_loss(), 1.0
-        rounding = 1e-5 * abs(before)  # a tiny η changes E by less
-        if self._trial(1.0) <= before + rounding:
-            while self._is_allowed(factor * COARSE) and (
-                self._trial(factor * COARSE) <= self._trial(factor) + rounding
+        """Return the best η."""
+        before, first = self._outer_loss(), self._first()
+        rounding, best = 1e-5 * abs(before), first  # a tiny η changes E by less
+        if self._trial(best) <= before + rounding:
+            while self._is_allowed(best * COARSE) and (
+                self._trial(best * COARSE) <= self._trial(best) + rounding
             ):
-                factor *= COARSE
-        while factor <= 1.0 and self._is_allowed(factor / COARSE):
-            is_harmful = self._trial(factor) > before + rounding
-            if not (is_harmful or self._trial(factor / COARSE) < self._trial(factor) - rounding):
+                best *= COARSE
+        while best <= first and self._is_allowed(best / COARSE):
+            is_harmful = self._trial(best) > before + rounding
+            if not (is_harmful or self._trial(best / COARSE) < self._trial(best) - rounding):
                 break
-            factor /= COARSE
-        for side in (factor / FINE, factor * FINE):
+            best /= COARSE
+        for side in (best / FINE, best * FINE):
             if self._is_allowed(side):
                 self._trial(side)
         best = min(self.found, key=lambda tried: self.found[tried])
@@ -190,39 +207,59 @@ class _Search:
             HypertorchWarning,
             stacklevel=3,
         )
-        return 1.0
+        return self.start
 
-    def _is_allowed(self, factor: float) -> bool:
+    def _first(self) -> float:
+        """Return the decade of η at which the first step lowers its loss by `MODEST`, about."""
+        params = self.optimizer._params()
+        before = [p.detach().clone() for p in params]
+        with self._trained(1.0, self.inner[:1]) as loss:
+            moved = torch._foreach_sub(before, [p.detach() for p in params])
+            pairs = [(p.grad, d) for p, d in zip(params, moved, strict=True) if p.grad is not None]
+            gain = sum((g * d).sum(dtype=torch.float64).item() for g, d in pairs)
+        share = gain / abs(loss) if loss else 0.0
+        if not (math.isfinite(share) and share > 0):
+            return self.start
+        rate = COARSE ** round(math.log(MODEST / share, COARSE))
+        return rate if self._is_allowed(rate) else self.start
+
+    def _is_allowed(self, rate: float) -> bool:
         lower, upper = self.lr.bounds or (0.0, math.inf)
-        return lower <= self.start * factor <= upper
+        return lower <= rate <= upper
 
-    def _trial(self, factor: float) -> float:
-        """Return E after the training steps at `factor` times the present η."""
-        if factor not in self.found:
-            self.found[factor] = self._trained(factor)
-        return self.found[factor]
+    def _trial(self, rate: float) -> float:
+        """Return E after the training steps at η = `rate`."""
+        if rate not in self.found:
+            with self._trained(rate, self.inner) as loss:
+                self.found[rate] = self._outer_loss() if math.isfinite(loss) else math.inf
+        return self.found[rate]
 
-    def _trained(self, factor: float) -> float:
-        with as_it_was(self.optimizer), self.lr.at(self.lr.value.detach() * factor):
-            bare = self.optimizer.optimizer
+    @contextmanager
+    def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[float]:
+        """Within, the training steps are made at η = `rate`; yield the last one's loss."""
+        with as_it_was(self.optimizer), self.lr.at(self.ratios * rate):
             settings = {
                 n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
             }
-            groups = LearnedGroups(bare, settings)
+            groups, params = (
+                LearnedGroups(self.optimizer.optimizer, settings),
+                self.optimizer._params(),
+            )
             groups.start()
-            params = self.optimizer._params()
-            for inner_loss in self.inner:
+            value = math.nan
+            for inner_loss in inner:
                 loss = inner_loss()
-                if not math.isfinite(loss.item()):
-                    return math.inf
+                value = loss.item()
+                if not math.isfinite(value):
+                    break
                 for param, grad in zip(params, gradients(loss, params), strict=True):
                     param.grad = grad
                 groups.step(self.optimizer._wrapped_step)
-            self.cost += len(self.inner)
-            return self._outer_loss()
+                self.cost += 1
+            yield value
 
     def _outer_loss(self) -> float:
         with leaving_no_trace(self.optimizer.model), torch.no_grad():
             loss = self.outer().item()
-        self.cost += 0.5
+        self.cost += self.outer_cost
         return loss if math.isfinite(loss) else math.inf
