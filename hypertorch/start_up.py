@@ -23,8 +23,6 @@ from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .state import leaving_no_trace
 
-#: η is multiplied by COARSE from trial to trial, and by FINE around the best of them.
-COARSE, FINE = 10.0, math.sqrt(10.0)
 #: The share of its loss that the first step of the first trial would take away, about.
 MODEST = 0.01
 
@@ -44,9 +42,9 @@ def search_lr(
         η = 0.01 |L| / (∇L · Δw),
 
     where a first step with the direction Δw of the optimizer would lower the inner loss L by a
-    hundredth (of Polyak's η, were L's least value 0): the present η, if not absurd, decides
-    nothing. From there they go up by decades while E falls, or else down while that lowers E or E
-    is above what it was before any step, and end with half a decade on either side of the best. All
+    hundredth (of Polyak's η, were L's least value 0): where η stands decides nothing. From there
+    they go up by decades while E falls, or else down while that lowers E or E is above what it was
+    before any step, and end half a decade from the best, towards the better of its neighbours. All
     groups' η move by the same factor. E is taken on one validation batch for all trials, so that a
     large one (some 500 examples) is worth its price.
 
@@ -58,12 +56,12 @@ def search_lr(
 
     Returns:
         E by the η tried (the first group's), infinite where training diverged. The learned η is now
-        the best of them; it stays, with a warning, where none lowers E.
+        the best of them, or with a warning the first of them, where none lowers E.
 
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
 
-    Cost: per trial, of which there are about five, K training steps, and a third of a step for
+    Cost: per trial, of which there are about four, K training steps, and a third of a step for
     each batch of E. It is counted in `optimizer.cost`.
 
     Example:
@@ -95,7 +93,7 @@ def search_lr(
     lr.clamp_()
     lr.refresh()
     loop.settings_were_set(search.cost)
-    return dict(sorted(search.found.items()))
+    return {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
 
 
 def start_weight_decay(optimizer: HyperOptimizer, steps: int) -> float:
@@ -178,38 +176,43 @@ class _Search:
         present = lr.value.detach()
         self.start = present.flatten()[0].item()
         self.ratios = present / present.flatten()[0]
-        self.found: dict[float, float] = {}
+        self.found: dict[int, float] = {}  # E, by half decades from the first η
+        self.first = self.start
         self.cost = 0.0
 
     def run(self) -> float:
         """Return the best η."""
-        before, first = self._outer_loss(), self._first()
-        rounding, best = 1e-5 * abs(before), first  # a tiny η changes E by less
-        if self._trial(best) <= before + rounding:
-            while self._is_allowed(best * COARSE) and (
-                self._trial(best * COARSE) <= self._trial(best) + rounding
+        before = self._outer_loss()
+        self.first = self._modest()
+        rounding, best = 1e-5 * abs(before), 0  # a tiny η changes E by less
+        if self._trial(0) <= before + rounding:
+            while self._is_allowed(best + 2) and (
+                self._trial(best + 2) <= self._trial(best) + rounding
             ):
-                best *= COARSE
-        while best <= first and self._is_allowed(best / COARSE):
+                best += 2
+        while best <= 0 and self._is_allowed(best - 2):
             is_harmful = self._trial(best) > before + rounding
-            if not (is_harmful or self._trial(best / COARSE) < self._trial(best) - rounding):
+            if not (is_harmful or self._trial(best - 2) < self._trial(best) - rounding):
                 break
-            best /= COARSE
-        for side in (best / FINE, best * FINE):
-            if self._is_allowed(side):
-                self._trial(side)
+            best -= 2
+        lower, higher = (self.found.get(side, math.inf) for side in (best - 2, best + 2))
+        self._trial(best - 1 if lower < higher else best + 1)
         best = min(self.found, key=lambda tried: self.found[tried])
         if self.found[best] < before:
-            return best
+            return self.rate(best)
         warnings.warn(
             f"`search_lr` found no η that lowers the outer loss in {len(self.inner)} steps, and "
-            f"leaves it at {self.start:g}. Pass more closures, or more validation data.",
+            f"takes the cautious {self.first:g}. Pass more closures, or more validation data.",
             HypertorchWarning,
             stacklevel=3,
         )
-        return self.start
+        return self.first
 
-    def _first(self) -> float:
+    def rate(self, half_decades: int) -> float:
+        """Return the η so far above the first."""
+        return self.first * 10 ** (half_decades / 2)
+
+    def _modest(self) -> float:
         """Return the decade of η at which the first step lowers its loss by `MODEST`, about."""
         params = self.optimizer._params()
         before = [p.detach().clone() for p in params]
@@ -220,19 +223,22 @@ class _Search:
         share = gain / abs(loss) if loss else 0.0
         if not (math.isfinite(share) and share > 0):
             return self.start
-        rate = COARSE ** round(math.log(MODEST / share, COARSE))
-        return rate if self._is_allowed(rate) else self.start
-
-    def _is_allowed(self, rate: float) -> bool:
+        rate = 10.0 ** round(math.log10(MODEST / share))
         lower, upper = self.lr.bounds or (0.0, math.inf)
-        return lower <= rate <= upper
+        return rate if lower <= rate <= upper else self.start
 
-    def _trial(self, rate: float) -> float:
-        """Return E after the training steps at η = `rate`."""
-        if rate not in self.found:
-            with self._trained(rate, self.inner) as loss:
-                self.found[rate] = self._outer_loss() if math.isfinite(loss) else math.inf
-        return self.found[rate]
+    def _is_allowed(self, half_decades: int) -> bool:
+        lower, upper = self.lr.bounds or (0.0, math.inf)
+        return lower <= self.rate(half_decades) <= upper
+
+    def _trial(self, half_decades: int) -> float:
+        """Return E after the training steps at this η, infinite where it may not go."""
+        if not self._is_allowed(half_decades):
+            return math.inf
+        if half_decades not in self.found:
+            with self._trained(self.rate(half_decades), self.inner) as loss:
+                self.found[half_decades] = self._outer_loss() if math.isfinite(loss) else math.inf
+        return self.found[half_decades]
 
     @contextmanager
     def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[float]:

@@ -158,6 +158,8 @@ def test_what_cannot_start_is_refused():
         from_any_start(sgd, model, cross_entropy, [], validation, 10)
     with pytest.raises(hypertorch.ArgumentTypeError, match=r"must be a pair \(x, y\)"):
         from_any_start(sgd, model, cross_entropy, [torch.ones(3)], validation, 10)
+    with pytest.raises(hypertorch.ArgumentError, match="`steps` must be those of the whole run"):
+        from_any_start(sgd, model, cross_entropy, train, validation, 0)
     adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-3)
     with pytest.raises(hypertorch.UnsupportedError, match="decay of Adam"):
         from_any_start(adam, model, cross_entropy, train, validation, 10)
