@@ -21,6 +21,7 @@ __all__ = [
     "is_elementwise",
     "just_inside",
     "positive",
+    "pulled_back",
     "real",
     "simplex",
     "to_raw",
@@ -37,12 +38,23 @@ BOUNDARY_MARGIN = {"half line": 1e-6, "interval": 1e-3, "simplex": 1e-3}
 
 def to_value(raw: Tensor, constraint: Constraint) -> Tensor:
     """Return λ = c(ρ)."""
+    if constraint is positive:
+        return raw.exp()  # what torch's own transform does, among other things
     return cast(Tensor, biject_to(constraint)(raw))
 
 
 def to_raw(value: Tensor, constraint: Constraint) -> Tensor:
     """Return ρ = c⁻¹(λ) for a λ strictly inside Λ."""
     return cast(Tensor, biject_to(constraint).inv(value))
+
+
+def pulled_back(gradient: Tensor, raw: Tensor, value: Tensor, constraint: Constraint) -> Tensor:
+    """Return dE/dρ = (∂c/∂ρ)ᵀ dE/dλ at λ = c(ρ)."""
+    if constraint is positive:
+        return gradient * value
+    raw = raw.detach().requires_grad_()
+    again = to_value(raw, constraint)
+    return gradient if again is raw else torch.autograd.grad(again, raw, gradient)[0]
 
 
 def is_elementwise(constraint: Constraint) -> bool:

@@ -13,7 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .constraints import Constraint, is_elementwise, just_inside, real, to_raw, to_value
+from .constraints import (
+    Constraint,
+    is_elementwise,
+    just_inside,
+    pulled_back,
+    real,
+    to_raw,
+    to_value,
+)
 from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, did_you_mean, listed
 
 GRANULARITIES = ("shared", "group", "tensor", "element")
@@ -88,7 +96,9 @@ class Hyperparameter:
 
     def refresh(self) -> None:
         """Let λ be c(ρ) again, after ρ moved."""
-        self.value = to_value(self.raw.detach(), self.constraint).clone().requires_grad_()
+        raw = self.raw.detach()
+        value = to_value(raw, self.constraint)
+        self.value = (value.clone() if value is raw else value).requires_grad_()
 
     def __call__(self) -> Tensor:
         """Return λ, a leaf tensor with `requires_grad`."""
@@ -106,12 +116,7 @@ class Hyperparameter:
 
     def pull_back(self, hypergradient: Tensor) -> Tensor:
         """Return dE/dρ = (∂c/∂ρ)ᵀ dE/dλ, of ρ's shape."""
-        raw = self.raw.detach().requires_grad_()
-        value = to_value(raw, self.constraint)
-        if value is raw:
-            return hypergradient
-        (gradient,) = torch.autograd.grad(value, raw, hypergradient)
-        return gradient
+        return pulled_back(hypergradient, self.raw, self.value.detach(), self.constraint)
 
     def in_own_units(self, gradient: Tensor) -> Tensor:
         """Return the dE/dλ of least norm that `pull_back` turns into dE/dρ = `gradient`.

@@ -4,16 +4,18 @@ An engine says which of them it needs in a window; what is given may be more, an
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .arguments import check_loss
 from .errors import ArgumentError, WindowError
 from .hypergradients import Engine, OuterLoss
+from .state import leaving_no_trace
+from .validation import ValidationLoss
 
 
 class InnerLoss:
@@ -115,6 +117,18 @@ def one_batch(outer_loss: OuterLoss) -> AbstractContextManager[None]:
     """Within, let a `ValidationLoss` return E on one batch, however often it is asked."""
     hold = getattr(outer_loss, "one_batch", None)
     return hold() if hold else nullcontext()
+
+
+@contextmanager
+def guarded(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Iterator[None]:
+    """Within, let `engine` use the model for one outer update; after, no trace of it is left.
+
+    A `ValidationLoss` sees to that itself, and its guard need not be doubled where E alone is run.
+    """
+    is_own = type(outer_loss) is ValidationLoss and outer_loss.model is model
+    is_safe = is_own and engine.runs_outer_loss_alone
+    with nullcontext() if is_safe else leaving_no_trace(model), one_batch(outer_loss):
+        yield
 
 
 def missing_loss(engine: Engine, horizon: int, is_open: bool) -> WindowError | str:

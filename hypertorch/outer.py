@@ -67,27 +67,46 @@ class GatedSign(torch.optim.Optimizer):
         for group in self.param_groups:
             most, params = group["max_step"], group["params"]
             steps = [most] * len(params) if isinstance(most, (int, float)) else most
+            together: dict[Any, list[Tensor]] = {}
             for raw, max_step in zip(params, steps, strict=True):
-                if raw.grad is not None:
-                    self._move(raw, raw.grad, max_step, group["decay"])
+                if raw.grad is None:
+                    continue
+                if raw.numel() >= _MANY and raw.device.type == "cpu":
+                    self._move_some_of(raw, raw.grad, max_step, group["decay"])
+                else:
+                    together.setdefault((max_step, raw.dtype, raw.device), []).append(raw)
+            for (max_step, *_), raws in together.items():
+                self._move(raws, max_step, group["decay"])
 
-    def _move(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
-        state = self.state[raw]
-        if not state:
-            for name in ("seen", "mean", "rms"):
-                state[name] = torch.zeros_like(raw)
-        parts = [raw, *(state[name] for name in ("seen", "mean", "rms"))]
-        informs = gradient != 0
-        if raw.numel() < _MANY or raw.device.type != "cpu":
-            moved = _moved(gradient, *parts, max_step=max_step, decay=decay)
-            for part, new in zip(parts, moved, strict=True):
-                part.copy_(torch.where(informs, new, part))
-            return
-        where = informs.reshape(-1).nonzero().squeeze(1)  # a batch's, of a weight per example
+    def _move(self, raws: list[Tensor], max_step: float, decay: float) -> None:
+        """Move several ρ as one vector."""
+        parts = list(zip(*[(raw, *self._averages(raw)) for raw in raws], strict=True))
+        gradient, *before = (
+            torch.cat([tensor.reshape(-1) for tensor in part])
+            for part in ([raw.grad for raw in raws], *parts)
+        )
+        after = _moved(gradient, *before, max_step=max_step, decay=decay)
+        informs, sizes = gradient != 0, [raw.numel() for raw in raws]
+        for part, old, new in zip(parts, before, after, strict=True):
+            pieces = torch.where(informs, new, old).split(sizes)
+            shaped = [x.view(raw.shape) for x, raw in zip(pieces, raws, strict=True)]
+            torch._foreach_copy_(part, shaped)
+
+    def _move_some_of(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
+        """Move the entries of a ρ that have a hypergradient: a batch's, of a weight per example."""
+        parts = [raw, *self._averages(raw)]
+        where = gradient.reshape(-1).nonzero().squeeze(1)
         few = [part.reshape(-1)[where] for part in (gradient, *parts)]
         moved = _moved(*few, max_step=max_step, decay=decay)
         for part, new in zip(parts, moved, strict=True):
             part.view(-1)[where] = new
+
+    def _averages(self, raw: Tensor) -> list[Tensor]:
+        """Return how many windows there were, m and √s."""
+        state, names = self.state[raw], ("seen", "mean", "rms")
+        if not state:
+            state.update({name: torch.zeros_like(raw) for name in names})
+        return [state[name] for name in names]
 
 
 #: From here on, on a CPU, it pays to look for the ρ that have a hypergradient at all.
@@ -109,7 +128,8 @@ def _moved(
     # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
     rms = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
     t = _t_statistic(mean, rms, 1 - decay**seen, decay)
-    return raw - max_step * t.sign() * ((t.abs() - 1) / 2).clamp(0, 1), seen, mean, rms
+    step = max_step * (torch.nn.functional.softshrink(t, 1.0) / 2).clamp(-1, 1)
+    return raw - step, seen, mean, rms
 
 
 def _t_statistic(mean: Tensor, rms: Tensor, total: Tensor, decay: float) -> Tensor:

@@ -8,6 +8,7 @@ import warnings
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,11 +19,11 @@ from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
-from .inner_loss import checked_outer, one_batch
+from .inner_loss import checked_outer, guarded
 from .outer import OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
-from .state import ModuleBuffers, Slots, leaving_no_trace
+from .state import ModuleBuffers, Slots, State
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
 _TRANSIENT = ("training", "_switches", "_open", "_finalizer", "_before")
@@ -72,9 +73,8 @@ class OuterLoop:
         self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
         self._age = 0  # steps since the state to roll back to
-        self._cuts = 0
+        self._cuts, self._steps_in_window = 0, 0
         self._losses: list[Tensor] = []
-        self._steps_in_window = 0
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
         self.inner_loss_value: Tensor | None = None
@@ -136,7 +136,7 @@ class OuterLoop:
         if self._age > self.update_every or not self.safeguards.has_snapshot:
             self._remember()
 
-    def _remember(self) -> None:
+    def _remember(self) -> State:
         """Remember the state before this step, whose forward pass has been made.
 
         It may have left NaN in the module buffers: those of `get_ready` count, unless somebody
@@ -146,7 +146,7 @@ class OuterLoop:
         versions, buffers = self._before
         if versions != self._versions():
             buffers = ModuleBuffers(self.model)
-        self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
+        return self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
     def window_step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ) as part of a window.
@@ -154,12 +154,14 @@ class OuterLoop:
         Raises:
             Diverged: the loss or its gradient must not reach the weights.
         """
-        if not self._open:
+        if self._open:
+            window = self._open[0]
+            if step.loss is not None and self.hypergradients is None:  # once: in the first window
+                check_references(step.loss, window.params, self.training.slots.params)
+        else:
             self.safeguards.settle()
-            self._remember()
-        elif step.loss is not None and self.hypergradients is None:  # once: in the first window
-            check_references(step.loss, self._open[0].params, self.training.slots.params)
-        window = self._open[0] if self._open else self.engine.open(self.training, self._carried)
+            start = self._remember()
+            window = self.engine.open(replace(self.training, start=start), self._carried)
         window.step(step)
         window.follow()
         self._open[:] = [window]
@@ -224,7 +226,7 @@ class OuterLoop:
         self._move(hypergradients)
 
     def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
-        with leaving_no_trace(self.model), torch.enable_grad(), one_batch(self.outer_loss):
+        with guarded(self.outer_loss, self.engine, self.model), torch.enable_grad():
             return self._open[0].hypergradient(checked_outer(self.outer_loss, self.engine))
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:

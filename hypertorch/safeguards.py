@@ -14,7 +14,7 @@ from torch import Tensor
 from .constraints import to_raw
 from .errors import DivergenceError
 from .hyperparameters import Hyperparameter
-from .state import ModuleBuffers, Snapshot
+from .state import ModuleBuffers, Snapshot, State
 
 #: s and the module buffers at one moment, and ρ by name.
 _Remembered = tuple[Snapshot, dict[str, Tensor]]
@@ -56,23 +56,30 @@ class Safeguards:
         """Whether there is a state to return to."""
         return self._good is not None
 
+    @torch.no_grad()
     def remember(
         self,
         optimizer: torch.optim.Optimizer,
         module_buffers: ModuleBuffers,
         hyperparameters: Mapping[str, Hyperparameter],
-    ) -> None:
+    ) -> State:
         """Make the present state the one to return to, once its own loss is seen to be good.
+
+        Returns:
+            Copies of s, to be read alone.
 
         Raises:
             Diverged: a weight is not finite, although a former state was.
         """
+        snapshot = Snapshot(optimizer, module_buffers)
         if self.has_snapshot:
-            weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
-            if not math.isfinite(torch.nn.utils.get_total_norm(weights).item()):
+            first, *others = torch._foreach_norm(snapshot.state.params)
+            total = torch.stack([first, *(norm.to(first) for norm in others)]).sum()
+            if not math.isfinite(total.item()):
                 raise Diverged("a weight is not finite")
-        self._candidate = Snapshot(optimizer, module_buffers), _raws(hyperparameters)
+        self._candidate = snapshot, _raws(hyperparameters)
         self._good = self._good or self._candidate
+        return snapshot.state
 
     def forget(self) -> None:
         """Drop the state to return to; the next step remembers its own."""
@@ -131,8 +138,8 @@ class Safeguards:
 
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
-        largest = [h.detach().abs().max() for h in hypergradients.values()]
-        loss, *sizes = torch.stack([outer_loss.detach().to(largest[0]), *largest]).tolist()
+        largest = torch._foreach_max(torch._foreach_abs(list(hypergradients.values())))
+        loss, *sizes = torch.stack([outer_loss.to(largest[0]), *largest]).tolist()
         if not math.isfinite(loss):
             raise Diverged(f"the outer loss is {loss}")
         for name, size in zip(hypergradients, sizes, strict=True):
@@ -200,7 +207,8 @@ class Safeguards:
 
 
 def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:
-    return {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
+    with torch.no_grad():
+        return {name: h.raw.clone() for name, h in hyperparameters.items()}
 
 
 def _probe(grads: Sequence[Tensor | None]) -> Tensor:

@@ -66,11 +66,12 @@ class State:
 
     def copied(self) -> "State":
         """Return copies without a graph, of the step counters too: torch writes to them."""
-        buffers = [
-            {key: v.detach().clone() if isinstance(v, Tensor) else v for key, v in old.items()}
-            for old in self.buffers
-        ]
-        return State([p.detach().clone() for p in self.params], buffers)
+        with torch.no_grad():
+            buffers = [
+                {key: v.clone() if isinstance(v, Tensor) else v for key, v in old.items()}
+                for old in self.buffers
+            ]
+            return State([p.clone() for p in self.params], buffers)
 
     def map(self, function: Callable[[Tensor], Tensor]) -> "State":
         """Return the state with `function` of every part."""
@@ -225,28 +226,26 @@ class Snapshot:
         optimizer: the bare optimizer, with the present weights and buffers.
         module_buffers: as they were before the forward pass of the step that comes next.
 
+    Attributes:
+        state: copies of s, to be read alone.
+
     Cost: one copy of the weights and of the optimizer's buffers.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, module_buffers: "ModuleBuffers") -> None:
-        self._params = [
-            (p, p.detach().clone()) for g in optimizer.param_groups for p in g["params"]
-        ]
-        self._state = {p: _cloned(state) for p, state in optimizer.state.items()}
+        self.state = State.of(optimizer).copied()
+        self._params = [p for group in optimizer.param_groups for p in group["params"]]
         self._module_buffers = module_buffers
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:
         """Write everything back; the snapshot stays usable."""
         with torch.no_grad():
-            for param, value in self._params:
+            for param, value in zip(self._params, self.state.params, strict=True):
                 param.copy_(value)
+        buffers = zip(self._params, State([], self.state.buffers).copied().buffers, strict=True)
         optimizer.state.clear()
-        optimizer.state.update({p: _cloned(state) for p, state in self._state.items()})
+        optimizer.state.update({param: own for param, own in buffers if own})
         self._module_buffers.restore()
-
-
-def _cloned(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in state.items()}
 
 
 class ModuleBuffers:

@@ -187,3 +187,22 @@ def test_many_numbers_move_as_few_do():
     untouched = torch.ones(2**15, dtype=torch.bool)
     untouched[shown] = False
     assert not many.detach()[untouched].any()
+
+
+def test_several_move_as_each_would_alone():
+    """Of unlike shapes, with gaps, and one of them in another precision."""
+    torch.manual_seed(0)
+    shapes, dtypes = [(), (3,), (2, 4), (5,)], [torch.float64] * 3 + [torch.float32]
+    joint = [torch.zeros(s, dtype=d).requires_grad_() for s, d in zip(shapes, dtypes, strict=True)]
+    alone = [rho.detach().clone().requires_grad_() for rho in joint]
+    rule, rules = GatedSign(joint), [GatedSign([rho]) for rho in alone]
+    for i in range(8):
+        for rho, twin in zip(joint, alone, strict=True):
+            rho.grad = (torch.randn(rho.shape) * (torch.rand(rho.shape) < 0.7)).to(rho)
+            twin.grad = rho.grad.clone()
+        joint[1].grad = alone[1].grad = None if i == 3 else joint[1].grad
+        for each in (rule, *rules):
+            each.step()
+    for rho, twin in zip(joint, alone, strict=True):
+        torch.testing.assert_close(rho, twin, rtol=1e-6, atol=1e-7)
+        assert rho.detach().abs().max() > 0.1

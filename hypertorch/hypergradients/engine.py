@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dynamics import Dynamics
 from ..errors import WindowError
 from ..hyperparameters import Hyperparameter, Setting
-from ..state import Slots
+from ..state import Slots, State
 from ..transition import Gradients, Transition
 
 OuterLoss = Callable[[], Tensor]
@@ -35,6 +35,8 @@ class Training:
         hyperparameters: λ, by name.
         is_contiguous: whether each window begins where the one before it ended, so that an engine
             sees every training step.
+        start: copies of the state that a window about to open starts from, to be read alone;
+            `None` where nobody keeps any.
     """
 
     optimizer: torch.optim.Optimizer
@@ -42,6 +44,7 @@ class Training:
     dynamics: Dynamics
     hyperparameters: Mapping[str, Hyperparameter]
     is_contiguous: bool = True
+    start: State | None = None
 
     @property
     def settings(self) -> dict[str, Setting]:
@@ -152,11 +155,13 @@ class Engine(ABC):
         differentiates_twice: whether torch must be told so before the forward pass.
         differentiates_outer_loss: whether E must have a graph; else it may be any number, such as
             an error rate.
+        runs_outer_loss_alone: whether `hypergradient` runs the model in no other way than by E.
     """
 
     needs: Literal["gradients", "loss", "closure"]
     differentiates_twice: bool = True
     differentiates_outer_loss: ClassVar[bool] = True
+    runs_outer_loss_alone: ClassVar[bool] = False
 
     def check(self, training: Training) -> None:
         """Raise if a hyperparameter, Φ or model cannot be differentiated by this method.

@@ -94,6 +94,7 @@ class FirstOrder(Engine):
 
     needs = "gradients"
     differentiates_twice = False
+    runs_outer_loss_alone = True
 
     def __init__(self, average: float | None = None) -> None:
         if average is not None and not 0 <= average < 1:
@@ -141,7 +142,7 @@ def _tangents(training: Training, spare: Spare) -> PointwiseTangents | LinearTan
     settings, groups = training.settings, training.optimizer.param_groups
     has_few = all(h.granularity != "element" for h in settings.values())
     if has_few and all(is_linear(training.dynamics, group) for group in groups):
-        return LinearTangents(settings, spare)
+        return LinearTangents(settings, spare, training.start)
     return PointwiseTangents(settings)
 
 

@@ -110,10 +110,13 @@ class LinearTangents:
     Args:
         settings: what is learned, by name; nothing per element.
         spare: where memory comes from.
+        start: copies of the state before the first step, where there are some already.
     """
 
-    def __init__(self, settings: Mapping[str, Setting], spare: Spare) -> None:
-        self.settings, self._spare = settings, spare
+    def __init__(
+        self, settings: Mapping[str, Setting], spare: Spare, start: State | None = None
+    ) -> None:
+        self.settings, self._spare, self._copies = settings, spare, start
         self._shelves: list[Shelf] = []
         self._rows: dict[tuple[str, str], int] = {}  # (part, setting) of z; "" for s itself
         self._steps: list[_Made] = []
@@ -123,7 +126,7 @@ class LinearTangents:
     def push(self, transition: Transition, state: State, grads: Gradients) -> None:
         """z ← ∂Φ/∂s · z + ∂Φ/∂λ at s_{t-1}.
 
-        Cost: a copy of the gradient, and of the state at the first step.
+        Cost: a copy of the gradient, and of the state at the first step unless there is one.
         """
         if not self._shelves or not self._fits(grads):
             self._start(transition, state, grads, self._written_out())
@@ -142,14 +145,16 @@ class LinearTangents:
             gradient: α, over the weights; `None` is zero.
             part: "param" for z, "average" for z̄.
         """
-        leaves = {name: _on_host(h.value).requires_grad_() for name, h in self.settings.items()}
         if not self._steps:
             return {name: torch.zeros_like(h.value) for name, h in self.settings.items()}
-        products = torch.cat([shelf.products(gradient) for shelf in self._shelves], dim=1)
+        leaves = {name: _on_host(h.value).requires_grad_() for name, h in self.settings.items()}
+        products = [shelf.products(gradient) for shelf in self._shelves]
+        table = products[0] if len(products) == 1 else torch.cat(products, dim=1)
         with torch.enable_grad():
-            ends = [parts[part] for _, parts in self._run(products.unsqueeze(1), leaves)]
-            total = torch.stack([end.sum() for end in ends]).sum()
-            found = torch.autograd.grad(total, list(leaves.values()), materialize_grads=True)
+            ends = [parts[part] for _, parts in self._run(table, leaves)]
+            ends = [end for end in ends if end.requires_grad]
+            ones = [torch.ones_like(end) for end in ends]
+            found = torch.autograd.grad(ends, list(leaves.values()), ones, materialize_grads=True)
         pairs = zip(self.settings.items(), found, strict=True)
         return {name: z.to(h.value) for (name, h), z in pairs}
 
@@ -189,16 +194,17 @@ class LinearTangents:
                 places.setdefault((param.device, param.dtype), []).append(i)
         self._shelves = [Shelf(own, state.params, self._spare) for own in places.values()]
         self._rows, self._steps = {}, []
-        self._keep("param", "", state.params)
+        copies, self._copies = self._copies or state.copied(), None
+        self._keep("param", "", copies.params)
         for key in sorted({key for keys in self._keys for key in keys}):
-            self._keep(key, "", [buffers.get(key) for buffers in state.buffers])
+            self._keep(key, "", [buffers.get(key) for buffers in copies.buffers])
         for (part, name), vectors in tangents.items():
             self._keep(part, name, [vectors.get(i) for i in range(len(grads))])
 
     def _keep(self, part: str, name: str, tensors: Sequence[Any]) -> None:
         self._rows[part, name] = len(self._rows)
         for shelf in self._shelves:
-            shelf.put(tensors)
+            shelf.hold(tensors)
 
     def _run(
         self,
@@ -227,24 +233,27 @@ class LinearTangents:
                 name: seed(name, _spread(setting, values[name], kind.group, own_places))
                 for name, setting in self.settings.items()
             }
-            yield columns, self._through(kind, table[..., columns], own)
+            rows = table if len(kinds) == 1 else table[..., columns]
+            yield columns, self._through(kind, rows, own)
 
     def _through(
         self, kind: _Kind, rows: Tensor, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the parts of s_K for tensors of one kind, and "average"."""
-        buffers = {key: self._at_start(key, rows, values) for key in kind.buffers}
-        weights, average = (self._at_start(part, rows, values) for part in ("param", "average"))
+        """Return the parts of s_K for tensors of one kind, and "average" where there is one."""
+        parts = ["param", *kind.buffers, *["average"] * any(step.rate for step in self._steps)]
+        buffers = {part: self._at_start(part, rows, values) for part in parts}
+        weights, average = buffers.pop("param"), buffers.pop("average", None)
         for t, (step, moves) in enumerate(zip(self._steps, kind.moves, strict=True)):
             if moves:
                 group = {**step.transition.groups[kind.group], **values}
-                if "lr" in values:
-                    group["lr"] = values["lr"] * step.transition.schedule[kind.group]
+                schedule = step.transition.schedule[kind.group]
+                if "lr" in values and schedule != 1:
+                    group["lr"] = values["lr"] * schedule
                 gradient, dynamics = rows[len(self._rows) + t], step.transition.dynamics
                 weights, buffers = dynamics.step(weights, gradient, buffers, group, 0)
-            if step.rate:
+            if average is not None:
                 average = average + step.rate * (weights - average)
-        return {"param": weights, "average": average, **buffers}
+        return {"param": weights, **({} if average is None else {"average": average}), **buffers}
 
     def _at_start(self, part: str, rows: Tensor, values: Mapping[str, Tensor]) -> Tensor:
         """Return a part of s, or of w̄, with its derivative z in λ."""
@@ -304,7 +313,7 @@ def _on_host(value: Tensor) -> Tensor:
 
 
 def _spread(setting: Setting, value: Tensor, group: int, places: list[int]) -> Tensor:
-    """Return λ for tensors of one group, as a number or one for each."""
-    if setting.granularity == "shared":
-        return value
-    return value[group] if setting.granularity == "group" else value[places]
+    """Return λ for tensors of one group: a vector of one number, or of one for each."""
+    if setting.granularity == "tensor":
+        return value[places]
+    return value.flatten() if value.numel() == 1 else value[group : group + 1]

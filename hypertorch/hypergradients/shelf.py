@@ -1,7 +1,7 @@
 """Vectors of the weights' size that a window keeps: laid end to end, a row of a matrix each.
 
 As rows they are multiplied by α in one pass over the memory, and memory is asked of the system
-once: fresh pages cost more than what is copied into them.
+once: fresh pages cost more than what is copied into them. What is kept elsewhere is not copied.
 """
 
 from collections.abc import Sequence
@@ -49,7 +49,7 @@ class Shelf:
         spare: where memory comes from.
 
     Attributes:
-        blocks: the rows, in matrices.
+        blocks: the rows that were copied, in matrices.
         count: how many rows are in use.
     """
 
@@ -62,6 +62,7 @@ class Shelf:
         self._spare = spare
         self.blocks: list[Tensor] = []
         self.count = 0
+        self._held: list[list[Tensor]] = []  # the first rows, tensor by tensor
 
     @property
     def numel(self) -> int:
@@ -69,33 +70,45 @@ class Shelf:
         return self._like.numel()
 
     @torch.no_grad()
-    def put(self, tensors: Sequence[Any]) -> None:
-        """Add a row with copies of the state's `tensors`: zero where there is none."""
-        capacity = sum(len(block) for block in self.blocks)
-        if self.count == capacity:
-            rows = ROWS[min(len(self.blocks), len(ROWS) - 1)]
-            self.blocks.append(self._spare.take(rows, self._like))
-        position = self.count - sum(len(block) for block in self.blocks[:-1])
-        parts = [
-            self._like.new_zeros(size) if tensors[i] is None else tensors[i].detach().reshape(-1)
-            for i, size in zip(self.places, self._sizes, strict=True)
-        ]
-        torch.cat(parts, out=self.blocks[-1][position])
+    def hold(self, tensors: Sequence[Any]) -> None:
+        """Add a row before any is `put`: of tensors that nobody writes to; `None` is zero."""
+        self._held.append([part.to(self._like.dtype) for part in self._parts(tensors)])
         self.count += 1
 
+    @torch.no_grad()
+    def put(self, tensors: Sequence[Any]) -> None:
+        """Add a row with copies of the state's `tensors`: zero where there is none."""
+        position = self.count - len(self._held) - sum(len(block) for block in self.blocks[:-1])
+        if not self.blocks or position == len(self.blocks[-1]):
+            rows = ROWS[min(len(self.blocks), len(ROWS) - 1)]
+            self.blocks.append(self._spare.take(rows, self._like))
+            position = 0
+        row = self.blocks[-1][position : position + 1]
+        torch.cat(self._parts(tensors), dim=1, out=row)
+        self.count += 1
+
+    def _parts(self, tensors: Sequence[Any]) -> list[Tensor]:
+        return [
+            self._like.new_zeros(1, size) if tensors[i] is None else tensors[i].reshape(1, -1)
+            for i, size in zip(self.places, self._sizes, strict=True)
+        ]
+
+    @torch.no_grad()
     def products(self, vector: Sequence[Tensor | None]) -> Tensor:
         """Return α · b of each row b and tensor, of shape (rows, tensors), on the host.
 
         Args:
             vector: α, over the state; `None` is zero.
         """
-        found = self._like.new_zeros(len(self.places), self.count)
-        for column, (i, rows) in enumerate(zip(self.places, self._columns(), strict=True)):
+        found = []
+        for i, rows in zip(self.places, self._columns(), strict=True):
             own = vector[i]
-            if own is not None:
-                along = own.detach().reshape(-1).to(self._like.dtype)
-                torch.cat([block @ along for block in rows], out=found[column])
-        return found.T.cpu().double()
+            if own is None:
+                found.append(self._like.new_zeros(self.count))
+            else:
+                along = own.reshape(-1).to(self._like.dtype)
+                found += [torch.mv(block, along) for block in rows]
+        return torch.cat(found).view(len(self.places), -1).T.cpu().double()
 
     def combined(self, coefficients: Tensor) -> dict[int, Tensor]:
         """Return combinations of the rows, by the tensors' positions.
@@ -113,8 +126,8 @@ class Shelf:
         return found
 
     def _columns(self) -> list[list[Tensor]]:
-        """Return the rows of each tensor, block by block."""
-        left, used = self.count, []
+        """Return the rows of each tensor, as matrices."""
+        left, used = self.count - len(self._held), list[Sequence[Tensor]](self._held)
         for block in self.blocks:
             used.append(block[: min(left, len(block))].split(self._sizes, dim=1))
             left -= len(block)
@@ -122,5 +135,5 @@ class Shelf:
 
     def clear(self) -> list[Tensor]:
         """Forget the rows; return their memory."""
-        blocks, self.blocks, self.count = self.blocks, [], 0
+        blocks, self.blocks, self._held, self.count = self.blocks, [], [], 0
         return blocks

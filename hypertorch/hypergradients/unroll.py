@@ -42,6 +42,7 @@ class Unroll(Engine):
     """
 
     needs = "loss"
+    runs_outer_loss_alone = True
 
     def open(self, training: Training, carried: Carried | None = None) -> "UnrolledWindow":
         """Start a graph at the present weights and buffers."""
