@@ -12,6 +12,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
 from experiments.figures import save_figure
@@ -21,6 +22,7 @@ Rows = Sequence[dict[str, Any]]
 COLOURS = ["#009e73", "#d55e00", "#0072b2"]  # of the methods that learn, in order
 GREY = "0.45"
 MARKERS = {"low": "^", "high": "v"}
+LINES = {"low": "-", "high": "--"}
 FROM = {"low": "from too little", "high": "from too much"}
 AXES: dict[str, dict[str, Any]] = {
     "input_dropout": {"ylabel": "dropout rate of pixels", "ylim": (0, 0.85)},
@@ -57,8 +59,9 @@ def dropout_figure(
         if name == "shift":
             _label_logs(panel, (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5))
         panel.grid(alpha=0.3)
-    handles, labels = axes.flat[1].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
+    handles, _ = axes.flat[1].get_legend_handles_labels()
+    handles += [Line2D([], [], color=GREY, ls=LINES[start], label=FROM[start]) for start in FROM]
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     save_figure(figure, path)
 
 
@@ -121,6 +124,6 @@ def _plot_paths(
             axes.plot(
                 np.array([row["step"] for row in trace]),
                 np.array([row[name] for row in trace]),
-                color=colour, lw=1.5, alpha=0.75, ls="-" if start == "low" else "--",
+                color=colour, lw=1.5, alpha=0.75, ls=LINES[start],
                 label=methods[method] if number == 0 else None,
             )  # fmt: skip
