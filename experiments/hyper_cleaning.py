@@ -2,6 +2,7 @@
 
 min_λ E(w_T(λ)), with w_T the weights of softmax regression after T steps of gradient descent from
 zero on Σᵢ λᵢ ℓᵢ / n, and E the loss on validation images (Franceschi et al. 2017, section 5.1).
+What is learned is judged by a training with the weights λ and the validation images.
 """
 
 from __future__ import annotations
@@ -40,18 +41,11 @@ class Cleaned:
         weights: λ, `(n,)`.
         trace: cost in training steps (one of a window counts as three) and F1, at each update.
         network: with the weights at the end of the run; None if there is no one run.
-        setting: what was chosen: the outer rate, or the horizon.
     """
 
     weights: Tensor
     trace: list[tuple[float, float]]
     network: nn.Linear | None
-    setting: float
-
-    @property
-    def kept(self) -> Tensor:
-        """Whether an example is taken for clean, `(n,)`."""
-        return self.weights >= START
 
 
 class Laboratory:
@@ -90,19 +84,33 @@ class Laboratory:
             nn.init.zeros_(parameter)
         return network
 
-    def optimizer(self, network: nn.Linear, momentum: float | None = None) -> torch.optim.SGD:
-        """Gradient descent with momentum, by default that of the settings."""
-        settings = self.settings
-        momentum = settings.momentum if momentum is None else momentum
-        return torch.optim.SGD(network.parameters(), lr=settings.lr, momentum=momentum)
+    def optimizer(self, network: nn.Linear, momentum: float) -> torch.optim.SGD:
+        """Gradient descent with momentum."""
+        return torch.optim.SGD(network.parameters(), lr=self.settings.lr, momentum=momentum)
 
-    def trained(self, examples: Examples, start: nn.Linear | None = None) -> nn.Linear:
-        """The network after T steps on all `examples` at once, from zero or from `start`."""
+    def trained(
+        self, weights: Tensor, labels: Tensor | None = None, start: nn.Linear | None = None
+    ) -> nn.Linear:
+        """The final training: T steps on Σᵢ λᵢ ℓᵢ / Σᵢ λᵢ over training and validation images.
+
+        Args:
+            weights: λᵢ of the training images, `(n,)`; those of the validation images are 1.
+            labels: of the training images; by default those they came with.
+            start: goes on from there, and changes it; by default from zero.
+
+        Returns:
+            The trained network.
+        """
+        used, labels = weights > 0, self.train.y if labels is None else labels
+        x = torch.cat([self.train.x[used], self.validation.x])
+        y = torch.cat([labels[used], self.validation.y])
+        shares = torch.cat([weights[used].float(), torch.ones(len(self.validation.y))])
+        shares /= shares.sum()
         network = start or self.network()
-        optimizer = self.optimizer(network)
+        optimizer = self.optimizer(network, self.settings.momentum)
         for _ in range(self.settings.steps):
             optimizer.zero_grad()
-            cross_entropy(network(examples.x), examples.y).backward()
+            (shares @ cross_entropy(network(x), y, reduction="none")).backward()
             optimizer.step()
         return network
 
@@ -115,34 +123,21 @@ class Laboratory:
         """E."""
         return cross_entropy(network(self.validation.x), self.validation.y)
 
-    def chosen(self, kept: Tensor, with_validation: bool = True) -> Examples:
-        """The training examples that are kept, and after them the validation examples."""
-        parts = [Examples(self.train.x[kept], self.train.y[kept])]
-        parts += [self.validation] if with_validation else []
-        return Examples(torch.cat([p.x for p in parts]), torch.cat([p.y for p in parts]))
-
-    def validation_accuracy(self, cleaned: Cleaned) -> float:
-        """Of a network trained on the kept examples alone: what settings are chosen by."""
-        if not cleaned.kept.any():
-            return 0.0
-        network = self.trained(self.chosen(cleaned.kept, with_validation=False))
-        return accuracy(network, self.validation)
-
     def f1(self, found: Tensor) -> float:
         """2 P R / (P + R) of finding the corrupted examples, with precision P and recall R."""
         both = (found & self.corrupted).sum().item()
         return 2 * both / (found.sum().item() + self.corrupted.sum().item())
 
-    def filtered(self, network: nn.Linear) -> Tensor:
-        """The examples that a network's probabilities p take for clean, `(n,)`.
+    def right(self, network: nn.Linear) -> Tensor:
+        """How probable it is that a label is right, by a network's probabilities p of it, `(n,)`.
 
-        With a fraction ε of wrong labels, drawn uniformly from c − 1 classes, a label is more
-        likely right than wrong if (1 − ε) p > ε (1 − p) / (c − 1).
+        With a fraction ε of wrong labels, drawn uniformly from c − 1 classes, by Bayes' rule
+        (1 − ε) p / ((1 − ε) p + ε (1 − p) / (c − 1)).
         """
         noise = self.settings.noise
         with torch.no_grad():
             p = network(self.train.x).softmax(1).gather(1, self.train.y[:, None])[:, 0]
-        return (1 - noise) * p > noise * (1 - p) / (self.classes - 1)
+        return (1 - noise) * p / ((1 - noise) * p + noise * (1 - p) / (self.classes - 1))
 
 
 def accuracy(network: nn.Linear, examples: Examples) -> float:
@@ -158,12 +153,13 @@ def new_weights(n: int) -> hypertorch.Hyperparameter:
     )
 
 
-def clean_online(laboratory: Laboratory, rate: float) -> Cleaned:
-    """Learn λ in one run of T steps, while the weights of the network train.
+def clean_online(laboratory: Laboratory) -> Cleaned:
+    """Learn λ in one run, while the weights of the network train.
+
+    The outer rule is gradient descent, ρᵢ ← ρᵢ − rate · n · dE/dρᵢ.
 
     Args:
         laboratory: the data and the training.
-        rate: of the outer gradient descent, per example: ρᵢ ← ρᵢ − rate · n · dE/dρᵢ.
 
     Returns:
         What was learned, with the network as the run leaves it.
@@ -171,13 +167,13 @@ def clean_online(laboratory: Laboratory, rate: float) -> Cleaned:
     settings, network = laboratory.settings, laboratory.network()
     weights = new_weights(laboratory.n)
     optimizer = hypertorch.HyperOptimizer(
-        laboratory.optimizer(network),
+        laboratory.optimizer(network, settings.online_momentum),
         network,
         outer_loss=functools.partial(laboratory.validation_loss, network),
         learn=(weights,),
         window=settings.window,
         update_every=settings.window,
-        outer=functools.partial(torch.optim.SGD, lr=rate * laboratory.n),
+        outer=functools.partial(torch.optim.SGD, lr=settings.online_rate * laboratory.n),
     )
     trace = []
     for step in range(settings.steps):
@@ -185,15 +181,14 @@ def clean_online(laboratory: Laboratory, rate: float) -> Cleaned:
         if (step + 1) % settings.window == 0:
             trace.append((optimizer.cost, laboratory.f1(weights() < START)))
     optimizer.close()
-    return Cleaned(weights().detach(), trace, network, rate)
+    return Cleaned(weights().detach(), trace, network)
 
 
-def clean_nested(laboratory: Laboratory, horizon: int) -> Cleaned:
+def clean_nested(laboratory: Laboratory) -> Cleaned:
     """Learn λ by gradient descent on E(w_T(λ)): each update differentiates a training from zero.
 
     Args:
         laboratory: the data and the training.
-        horizon: T, the steps of one training.
 
     Returns:
         What was learned; there is no network.
@@ -203,7 +198,7 @@ def clean_nested(laboratory: Laboratory, horizon: int) -> Cleaned:
     bare = laboratory.optimizer(network, settings.nested_momentum)
     optimizer = hypertorch.HyperOptimizer(bare, network, learn=(weights,), outer=None)
     rule = torch.optim.SGD([weights.raw], lr=settings.nested_rate * laboratory.n)
-    losses = [functools.partial(laboratory.weighted_loss, network, weights)] * horizon
+    losses = [functools.partial(laboratory.weighted_loss, network, weights)] * settings.horizon
     outer_loss = functools.partial(laboratory.validation_loss, network)
     trace = []
     for update in range(settings.updates):
@@ -211,6 +206,6 @@ def clean_nested(laboratory: Laboratory, horizon: int) -> Cleaned:
         weights.raw.grad = weights.pull_back(hypergradients["weights"])
         rule.step()
         weights.refresh()
-        cost = float((update + 1) * (3 * horizon + 1))
+        cost = float((update + 1) * (3 * settings.horizon + 1))
         trace.append((cost, laboratory.f1(weights() < START)))
-    return Cleaned(weights().detach(), trace, None, horizon)
+    return Cleaned(weights().detach(), trace, None)

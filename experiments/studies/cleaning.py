@@ -6,15 +6,21 @@ closed, and how many of the wrong labels are found.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from experiments.hyper_cleaning import Cleaned, Laboratory, accuracy, clean_nested, clean_online
-from experiments.loaders import Examples
+from experiments.hyper_cleaning import (
+    START,
+    Cleaned,
+    Laboratory,
+    accuracy,
+    clean_nested,
+    clean_online,
+)
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.cleaning_figure import LABELS, cleaning_figure
@@ -53,7 +59,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
             missing[name] = error
             continue
         own = {"data": name, "seed": seed}
-        online = _best(laboratory, clean_online, settings.rates)
+        online = clean_online(laboratory)
         images.setdefault(name, _lowest(laboratory, online))
         rows += [{**own, **row} for row in _one(laboratory, online)]
     if not rows:
@@ -63,55 +69,53 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     return _findings(rows, missing)
 
 
-def _best(
-    laboratory: Laboratory, clean: Callable[..., Cleaned], settings: Sequence[float]
-) -> Cleaned:
-    """Run `clean` with each setting; return the one that validation prefers."""
-    tried = [clean(laboratory, setting) for setting in settings]
-    return max(tried, key=laboratory.validation_accuracy)
-
-
 def _one(laboratory: Laboratory, online: Cleaned) -> Iterator[Row]:
     """What was found in one data set with one seed."""
-    nested = _best(laboratory, clean_nested, laboratory.settings.horizons)
-    kept = {
-        "baseline": torch.ones(laboratory.n, dtype=torch.bool),
-        "validation": torch.zeros(laboratory.n, dtype=torch.bool),
-        "filter": laboratory.filtered(laboratory.trained(laboratory.validation)),
-        "online": online.kept,
-        "nested": nested.kept,
-        "ceiling": laboratory.filtered(laboratory.trained(_all_right(laboratory))),
-        "oracle": ~laboratory.corrupted,
-    }
-    scores = {
-        what: accuracy(laboratory.trained(laboratory.chosen(chosen)), laboratory.test)
-        for what, chosen in kept.items()
-    }
+    nested = clean_nested(laboratory)
+    every, right = torch.ones(laboratory.n), (~laboratory.corrupted).float()
     assert online.network is not None
-    own = accuracy(online.network, laboratory.test)
-    goes_on = laboratory.trained(laboratory.chosen(online.kept), start=online.network)
+    from_validation = laboratory.trained(0 * every)
+    from_all = laboratory.trained(every, laboratory.true_labels)
+    soft = {
+        "filter": laboratory.right(from_validation),
+        "online": online.weights,
+        "nested": nested.weights,
+        "ceiling": laboratory.right(from_all),
+    }
+    hard = {what: (weights >= START).float() for what, weights in soft.items()}
+    networks = {
+        "baseline": laboratory.trained(every),
+        "validation": from_validation,
+        **{what: laboratory.trained(weights) for what, weights in soft.items()},
+        **{f"{what}, rounded": laboratory.trained(weights) for what, weights in hard.items()},
+        "wrong kept": laboratory.trained(torch.maximum(right, hard["online"])),
+        "right dropped": laboratory.trained(right * hard["online"]),
+        "oracle": laboratory.trained(right),
+        "own weights": online.network,
+    }
+    scores = {what: accuracy(network, laboratory.test) for what, network in networks.items()}
+    scores["goes on"] = accuracy(
+        laboratory.trained(online.weights, start=online.network), laboratory.test
+    )
     gap = scores["oracle"] - scores["baseline"]
-    for what, score in {**scores, "goes on": accuracy(goes_on, laboratory.test)}.items():
+    for what, score in scores.items():
         row = {"what": what, "accuracy": score, "closed": (score - scores["baseline"]) / gap}
-        if what in kept and what not in ("baseline", "validation"):
-            row["f1"] = laboratory.f1(~kept[what])
+        if what in hard:
+            row["f1"] = laboratory.f1(hard[what] == 0)
         yield row
-    yield {"what": "own weights", "accuracy": own}
     for what, cleaned in {"online": online, "nested": nested}.items():
-        yield {"what": f"{what}: chosen", "setting": cleaned.setting}
-        for cost, f1 in cleaned.trace:
-            yield {"what": f"{what}: trace", "cost": cost, "f1": f1}
-        for corrupted in (False, True):
-            counts = cleaned.weights[laboratory.corrupted == corrupted].histc(BINS, 0, 1)
-            for place, count in enumerate(counts.tolist()):
-                at = {"weight": (place + 0.5) / BINS, "corrupted": int(corrupted), "count": count}
-                yield {"what": f"{what}: histogram", **at}
+        yield from _course(laboratory, what, cleaned)
 
 
-def _all_right(laboratory: Laboratory) -> Examples:
-    """All training examples with their true labels, and the validation examples."""
-    whole = laboratory.chosen(torch.ones(laboratory.n, dtype=torch.bool))
-    return Examples(whole.x, torch.cat([laboratory.true_labels, laboratory.validation.y]))
+def _course(laboratory: Laboratory, what: str, cleaned: Cleaned) -> Iterator[Row]:
+    """F1 while the weights were learned, and their histogram."""
+    for cost, f1 in cleaned.trace:
+        yield {"what": f"{what}: trace", "cost": cost, "f1": f1}
+    for corrupted in (False, True):
+        counts = cleaned.weights[laboratory.corrupted == corrupted].histc(BINS, 0, 1)
+        for place, count in enumerate(counts.tolist()):
+            at = {"weight": (place + 0.5) / BINS, "corrupted": int(corrupted), "count": count}
+            yield {"what": f"{what}: histogram", **at}
 
 
 def _lowest(laboratory: Laboratory, cleaned: Cleaned) -> list[tuple[Tensor, str]]:
@@ -133,9 +137,6 @@ def _findings(rows: Sequence[Row], missing: dict[str, Exception]) -> dict[str, A
             chosen = [row for row in own if row["what"] == what]
             columns = [column for column in ("accuracy", "closed", "f1") if column in chosen[0]]
             found[name][what] = {c: spread([row[c] for row in chosen]) for c in columns}
-        for way in ("online", "nested"):
-            settings = [row["setting"] for row in own if row["what"] == f"{way}: chosen"]
-            found[name][way]["chosen"] = settings
     says = [_sentence(name, what, scores) for name in found for what, scores in found[name].items()]
     return {**found, "says": says + [f"Left out: {error}" for error in missing.values()]}
 
@@ -146,6 +147,6 @@ def _sentence(name: str, what: str, scores: dict[str, Any]) -> str:
         return f"{scale * own['mean']:.{digits}f} ± {scale * own['std']:.{digits}f}"
 
     said = f"{name}, {LABELS[what]}: {number('accuracy', 2, 100)} %"
-    said += f", {number('closed', 0, 100)} % of the gap" if "closed" in scores else ""
+    said += f", {number('closed', 0, 100)} % of the gap"
     said += f", F1 {number('f1', 3)}" if "f1" in scores else ""
-    return said + (f" (chosen: {scores['chosen']})" if "chosen" in scores else "") + "."
+    return said + "."

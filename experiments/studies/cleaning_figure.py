@@ -28,9 +28,15 @@ LABELS = {
     "online": "learned in one run",
     "nested": "learned by the nested scheme",
     "ceiling": "filter by a network of all true labels",
+    "filter, rounded": "filter by a network of the validation images, rounded",
+    "online, rounded": "learned in one run, rounded",
+    "nested, rounded": "learned by the nested scheme, rounded",
+    "ceiling, rounded": "filter by a network of all true labels, rounded",
+    "wrong kept": "the right labels, and the wrong ones that one run, rounded, keeps",
+    "right dropped": "the right labels but those that one run, rounded, drops",
     "oracle": "the right labels alone",
-    "goes on": "the one run, going on without restart",
     "own weights": "the one run's own weights, before",
+    "goes on": "the one run, going on without restart",
 }
 BARS = {
     "baseline": "all\nlabels", "validation": "validation\nalone", "filter": "filter",
@@ -67,7 +73,7 @@ def _titles(name: str) -> list[str]:
     return [
         f"{NAMES[name]}: weights after one run",
         "Wrong labels found, while λ is learned",
-        "Test accuracy, trained on what is kept + validation",
+        "Test accuracy, trained with λ + validation",
     ]
 
 

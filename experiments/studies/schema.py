@@ -47,19 +47,22 @@ class CleaningConfig:
     """Data hyper-cleaning: one weight per training example, half of which have wrong labels."""
 
     _target_: str = "experiments.studies.cleaning.run"
-    seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the labels
+    seeds: list[int] = field(  # splits, wrong labels; on 0 to 3 the settings were chosen
+        default_factory=lambda: [4, 5, 6, 7, 8, 9]
+    )
     data: list[str] = field(default_factory=lambda: ["fashion_mnist", "mnist"])
     images: list[int] = field(default_factory=lambda: [5000, 1250])  # test has twice as many
     noise: float = 0.5  # fraction of wrong labels
-    steps: int = 200  # of every training: with this momentum as far as 4000 without
+    steps: int = 200  # of the one run and of every final training
     lr: float = 0.01
-    momentum: float = 0.95
+    momentum: float = 0.95  # of the final training: as far as 4000 steps without
     window: int = 20  # steps from one online update to the next, all of them differentiated
-    rates: list[float] = field(default_factory=lambda: [1.0, 4.0, 16.0])  # online, times n
-    updates: int = 8  # of the nested scheme
-    horizons: list[int] = field(default_factory=lambda: [100, 200])  # steps of its trainings
-    nested_momentum: float = 0.9  # of these
-    nested_rate: float = 2.0  # times n
+    online_momentum: float = 0.9  # of the one run
+    online_rate: float = 4.0  # of its outer rule, times n
+    updates: int = 20  # of the nested scheme
+    horizon: int = 50  # steps of its trainings
+    nested_momentum: float = 0.8  # of these
+    nested_rate: float = 1.0  # of its outer rule, times n
     root: str = "data"  # torchvision's folder
     archives: str = "/usr/share/datasets/fashion-mnist"  # unzipped into `root` if that lacks them
 

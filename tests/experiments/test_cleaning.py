@@ -12,7 +12,7 @@ from experiments.hyper_cleaning import START, Laboratory, accuracy, clean_nested
 from experiments.loaders import Examples
 from experiments.studies.schema import CleaningConfig
 
-SMALL = CleaningConfig(window=10, updates=3)
+SMALL = CleaningConfig(window=10, updates=3, horizon=100, nested_momentum=0.9, nested_rate=2.0)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +45,7 @@ def test_its_hypergradient_is_that_of_plain_training():
         torch.linspace(0.1, 0.9, 40).double(), hypertorch.unit_interval, name="weights"
     )
     optimizer = hypertorch.HyperOptimizer(
-        laboratory.optimizer(network), network, learn=(weights,), outer=None
+        laboratory.optimizer(network, 0.95), network, learn=(weights,), outer=None
     )
     loss = functools.partial(laboratory.weighted_loss, network, weights)
     outer_loss = functools.partial(laboratory.validation_loss, network)
@@ -53,7 +53,7 @@ def test_its_hypergradient_is_that_of_plain_training():
 
     def trained(values):
         other = laboratory.network().double()
-        plain = laboratory.optimizer(other)
+        plain = laboratory.optimizer(other, 0.95)
         for _ in range(7):
             plain.zero_grad()
             losses = cross_entropy(other(laboratory.train.x), laboratory.train.y, reduction="none")
@@ -69,17 +69,39 @@ def test_its_hypergradient_is_that_of_plain_training():
 
 
 def test_both_ways_find_most_wrong_labels_and_train_better_than_on_all(laboratory):
-    every = torch.ones(400, dtype=torch.bool)
-    baseline = accuracy(laboratory.trained(laboratory.chosen(every)), laboratory.test)
-    for cleaned in (clean_online(laboratory, 4.0), clean_nested(laboratory, 100)):
+    baseline = accuracy(laboratory.trained(torch.ones(400)), laboratory.test)
+    for cleaned in (clean_online(laboratory), clean_nested(laboratory)):
         assert laboratory.f1(cleaned.weights < START) > 0.85
-        assert cleaned.trace[-1][1] == laboratory.f1(~cleaned.kept)
-        network = laboratory.trained(laboratory.chosen(cleaned.kept))
+        assert cleaned.trace[-1][1] == laboratory.f1(cleaned.weights < START)
+        network = laboratory.trained(cleaned.weights)
         assert accuracy(network, laboratory.test) > baseline + 0.01
 
 
-def test_a_filter_keeps_what_is_more_likely_right_than_wrong(laboratory):
-    """Half the labels wrong, ten classes: from p = 0.1 on."""
-    network = laboratory.trained(laboratory.validation)
+def test_the_final_training_minimises_the_weighted_mean(laboratory):
+    """Against copies: an example with weight 1/2 counts half as much as one with 1."""
+    weights = torch.tensor([0.0, 0.5, 1.0, 0.5]).repeat(100)
+    found = laboratory.trained(weights).weight
+    copies = (2 * weights).long()
+    parts = [(laboratory.train, copies), (laboratory.validation, 2)]
+    x, y = (
+        torch.cat([getattr(p, name).repeat_interleave(torch.as_tensor(c), 0) for p, c in parts])
+        for name in ("x", "y")
+    )
+    plain = laboratory.network()
+    optimizer = laboratory.optimizer(plain, SMALL.momentum)
+    for _ in range(SMALL.steps):
+        optimizer.zero_grad()
+        cross_entropy(plain(x), y).backward()
+        optimizer.step()
+    torch.testing.assert_close(found, plain.weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_label_is_right_with_the_probability_of_counting(laboratory):
+    """Half the labels wrong, ten classes: even chances at p = 0.1; otherwise Bayes by counts."""
+    network = laboratory.trained(torch.zeros(400))
     p = network(laboratory.train.x).softmax(1)[torch.arange(400), laboratory.train.y]
-    assert torch.equal(laboratory.filtered(network), p > 0.1)
+    right = laboratory.right(network)
+    assert torch.equal(right > 0.5, p > 0.1)
+    # Of 18 million labels with p, half stay right; each other class sends 1 of 18 here.
+    expected = p * 9 / (p * 9 + (1 - p))
+    torch.testing.assert_close(right, expected)
