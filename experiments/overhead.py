@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
-from experiments.overhead_engines import Plan, Point, heading, row, save, sparse_ratio, targets
+from experiments.overhead_engines import Plan, Point, heading, row, save, sparse_ratios, targets
 from experiments.overhead_engines import measure as measure_engines
 from experiments.overhead_setups import MODELS, Bench, repeated, timings
 
@@ -136,7 +136,7 @@ def _engines(options: argparse.Namespace, device: torch.device) -> int:
             points.append(point)
             print(row(point), flush=True)
         save(points, options.folder)
-        found[f"{name}: FirstOrder, one update in 20 steps"] = sparse_ratio(bench)
+        found |= {f"{name}: {what}": ratio for what, ratio in sparse_ratios(bench).items()}
     print(f"Table and plot are in {options.folder}.")
     found |= targets(points)
     print(json.dumps({"device": device.type, **{k: round(v, 4) for k, v in found.items()}}))

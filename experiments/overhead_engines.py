@@ -165,16 +165,26 @@ def peak_bytes(action: Action, device: torch.device) -> int:
     return memory.peak
 
 
-def sparse_ratio(bench: Bench, update_every: int = 20, rounds: int = 60) -> float:
-    """The time of FirstOrder's steps at one update in `update_every`, over bare steps."""
+def sparse_ratios(bench: Bench, update_every: int = 20, rounds: int = 60) -> dict[str, float]:
+    """The time of FirstOrder's steps at one update in `update_every`, over bare steps.
+
+    By the outer loss's batch: as large as the inner one's, and a quarter of it.
+    """
+    engine, batches = hypertorch.FirstOrder(), (bench.batch, bench.batch // 4)
     actions = {
-        "ours": bench.sparse_updates(hypertorch.FirstOrder(), update_every),
-        "bare": repeated(bench.plain_step(), update_every),
+        f"FirstOrder, one update in {update_every} steps, validation batch of {batch}": (
+            bench.sparse_updates(engine, update_every, batch)
+        )
+        for batch in batches
     }
-    for action in actions.values():
+    bare = repeated(bench.plain_step(), update_every)
+    for action in (bare, *actions.values()):
         action()
-    times = timings(actions, rounds, bench.device)
-    return statistics.median(a / b for a, b in zip(times["ours"], times["bare"], strict=True))
+    times = timings({"bare": bare, **actions}, rounds, bench.device)
+    return {
+        name: statistics.median(a / b for a, b in zip(times[name], times["bare"], strict=True))
+        for name in actions
+    }
 
 
 def targets(points: Sequence[Point]) -> dict[str, float]:

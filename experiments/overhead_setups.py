@@ -132,10 +132,19 @@ class Bench:
 
         return window
 
-    def sparse_updates(self, engine: hypertorch.Engine, update_every: int) -> Action:
-        """`update_every` steps, the first of which is a window by itself."""
+    def sparse_updates(
+        self, engine: hypertorch.Engine, update_every: int, validation_batch: int
+    ) -> Action:
+        """`update_every` steps, the first of which is a window by itself.
+
+        Args:
+            engine: how hypergradients are computed.
+            update_every: steps from one outer update to the next.
+            validation_batch: examples that the outer loss is computed on.
+        """
         model, optimizer = self.model_and_optimizer()
-        outer_loss = hypertorch.ValidationLoss(model, cross_entropy, [(self.x, self.y)])
+        held_out = self.x[:validation_batch], self.y[:validation_batch]
+        outer_loss = hypertorch.ValidationLoss(model, cross_entropy, [held_out])
         learning = hypertorch.HyperOptimizer(
             optimizer, model, outer_loss, window=1, update_every=update_every, engine=engine
         )

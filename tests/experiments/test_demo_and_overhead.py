@@ -88,7 +88,7 @@ def test_the_benchmark_of_every_engine_writes_its_table_and_plot(tmp_path, monke
     small = overhead_engines.Plan(horizons=(1, 4), counts=(1, 50), count_horizon=2, seconds=0.0)
     monkeypatch.setattr(overhead, "MODELS", {"MLP": overhead.MODELS["MLP"]})
     monkeypatch.setattr(overhead, "Plan", lambda **_: small)
-    monkeypatch.setattr(overhead, "sparse_ratio", lambda bench: 1.0)
+    monkeypatch.setattr(overhead, "sparse_ratios", lambda bench: {"sparse": 1.0})
     assert overhead.main(["--engines", "--folder", str(tmp_path)]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert {"MLP: Replay / Unroll at K = 4", "MLP: 50 numbers / 1"} <= set(found)
