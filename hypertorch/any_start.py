@@ -1,7 +1,7 @@
 """One training run that ends where a grid search would, whatever η and λ it starts from.
 
-    η starts where a few steps lower E most                      (`search_lr`)
-    λ starts where a run forgets its weights thrice              (`start_weight_decay`)
+    η starts where ten steps lower E most                        (`search_lr`)
+    λ starts where weights forget in ten epochs                  (`start_weight_decay`)
     E = min_β CE(β z, y) on validation data                      (`calibrated_cross_entropy`)
     dE/dη = ∂_w E · z_K, the window without its Hessian          (`FirstOrder`)
     dE/dλ = −∂_w E |M|⁻¹ ∂_λ∇L, where training would rest        (`Implicit`, `Lanczos`)
@@ -32,8 +32,9 @@ from .validation import Batch, ValidationLoss, placed
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
-#: Batches that are kept, and validation examples that judge a trial.
-BATCHES, EXAMPLES = 10, 300
+#: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
+#: a momentum of 0.9 makes of η.
+TRIAL_STEPS, TRIAL_EXAMPLES = 10, 300
 #: λ meanwhile: whatever λ₀ is, all starts try the same.
 NO_DECAY = 1e-8
 #: At most how far η and λ go in an update, in nats, and how long their hypergradients are averaged.
@@ -57,7 +58,7 @@ def from_any_start(
     `step(loss)`. Attach a scheduler that brings η to zero within `steps`; it multiplies what is
     learned. Windows without a Hessian want to lower η early, and the schedule does that better.
 
-    Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after so few
+    Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after ten
     steps the running ones are not yet those of the data. One that raises the criterion is judged by
     that, since E alone is blind to weights that explode.
     Why this outer loss: see `calibrated_cross_entropy`. Why no unrolled window for λ: over twenty
@@ -69,7 +70,8 @@ def from_any_start(
             a first guess of which little is left.
         model: that it trains; at its initial weights.
         criterion: of training, `criterion(model(x), y)`.
-        train_loader: of batches `(x, y)`; its first ten are kept, for trials and for λ.
+        train_loader: of batches `(x, y)`; its length, if any, is the epoch's. Its first ten are
+            kept, for trials and for λ.
         validation_loader: likewise; its batches should be as large as training's, or larger.
         steps: T, of the whole run.
         outer_criterion: of validation. The default is for classes; for anything else pass the
@@ -83,7 +85,7 @@ def from_any_start(
         ArgumentError: a loader is empty, or `steps` is not positive.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
 
-    Cost: about four trials of five to ten steps, once; from then on, for every 100 steps, a
+    Cost: about four trials of ten steps, once; from then on, for every 100 steps, a
     gradient of E, one of the loss and four Hessian-vector products: 10 training steps.
 
     Example:
@@ -101,8 +103,8 @@ def from_any_start(
     """
     if not steps > 0:
         raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
-    batches = _first(train_loader, model, steps=BATCHES)
-    judges = _first(validation_loader, model, count=EXAMPLES)
+    batches = _first(train_loader, model, steps=TRIAL_STEPS)
+    judges = _first(validation_loader, model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
@@ -126,15 +128,18 @@ def from_any_start(
 
     decay, trial = wrapped.hyperparameters["weight_decay"], BatchLosses(model, judged, judges)
     with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
-        closures = [partial(inner.of, k) for k in range(_trial_steps(steps))]
+        closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
         search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
-    start_weight_decay(wrapped, steps)
+    start_weight_decay(wrapped, steps, _length(train_loader))
     return wrapped
 
 
-def _trial_steps(steps: int) -> int:
-    """Return a hundredth of the run, between five and ten."""
-    return min(max(steps // 100, 5), 10)
+def _length(loader: Iterable[Batch]) -> int | None:
+    """Return the batches of an epoch, where a loader knows them."""
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None
 
 
 class BatchLosses:

@@ -1,8 +1,8 @@
 """Where learning starts: `search_lr` for η, and `start_weight_decay` for λ.
 
 A hypergradient says which way η should move, not how far; and a window at a far too large η ruins
-the weights before λ can follow. From any starting value, short trials settle both. What a weight
-decay does within a run depends on η and on the run's length alone.
+the weights before λ can follow. From any starting value, short trials settle η. What a weight decay
+does within a run depends on η and on how often the run comes by each example.
 """
 
 import math
@@ -25,6 +25,10 @@ from .state import leaving_no_trace
 
 #: The share of its loss that the first step of the first trial would take away, about.
 MODEST = 0.01
+#: A trial ends where its loss is so many times the one it began with.
+RUINED = 3.0
+#: Epochs over which a weight is to be an average of its updates.
+TIMESCALE = 10
 
 
 def search_lr(
@@ -55,8 +59,9 @@ def search_lr(
         outer_batches: how many batches of training's size E takes, for `optimizer.cost`.
 
     Returns:
-        E by the η tried (the first group's), infinite where training diverged. The learned η is now
-        the best of them, or with a warning the first of them, where none lowers E.
+        E by the η tried (the first group's), infinite where the inner loss came to thrice its first
+        value. The learned η is now the best of them, or with a warning the first of them, where
+        none lowers E.
 
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
@@ -96,27 +101,32 @@ def search_lr(
     return {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
 
 
-def start_weight_decay(optimizer: HyperOptimizer, steps: int) -> float:
-    """Let the learned λ start where a run of `steps` steps forgets its weights thrice.
+def start_weight_decay(
+    optimizer: HyperOptimizer, steps: int, steps_per_epoch: int | None = None
+) -> float:
+    """Let the learned λ start where weights forget what they learned ten epochs ago.
 
     A step shrinks the weights by η̂ λ, with η̂ = η (1 − d) / (1 − μ) for SGD with momentum μ and
-    dampening d, and η̂ = η where the decay is decoupled. Over T steps that is e to the minus
+    dampening d, and η̂ = η where the decay is decoupled: they are an average of past updates over
 
-        Λ = η̂ λ T.
+        τ = 1 / (η̂ λ)
 
-    Well below 1 a decay has no effect within the run, and far above 100 nothing else has. So λ
-    starts at Λ = 3, whatever it was, and stays within Λ = 0.1 … 300 from now on. Every group starts
-    at the same λ, that of the first group's η: call it after `search_lr`.
+    steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs, or at
+    the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
+    within the run, and with one far below nothing else has: from now on λ stays within
+    T / τ = 0.1 … 300. Every group starts at the same λ, that of the first group's η: call it after
+    `search_lr`.
 
     Args:
         optimizer: learns `weight_decay`.
         steps: T, of the whole run.
+        steps_per_epoch: `len(train_loader)`; `None` where no example comes twice.
 
     Returns:
         λ.
 
     Raises:
-        ArgumentError: `weight_decay` is not learned, or `steps` is not positive.
+        ArgumentError: `weight_decay` is not learned, or one of the numbers is not positive.
         UnsupportedError: the decay passes through a second moment (Adam, RMSprop, Adagrad, …), and
             shrinks the weights by what cannot be known.
 
@@ -125,24 +135,30 @@ def start_weight_decay(optimizer: HyperOptimizer, steps: int) -> float:
         >>> model = torch.nn.Linear(3, 1)
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5.0)
         >>> optimizer = HyperOptimizer(sgd, model, lambda: model(torch.ones(1, 3)).sum())
-        >>> round(start_weight_decay(optimizer, steps=1000), 6)  # 3 (1 − 0.9) / (0.1 · 1000)
-        0.003
+        >>> lambda_0 = start_weight_decay(optimizer, steps=1000, steps_per_epoch=50)
+        >>> round(lambda_0, 6)  # (1 − 0.9) / (0.1 · 10 · 50)
+        0.002
 
     References:
-        Wang and Aitchison 2024: the best 1 / (η λ) of AdamW is a share of the run.
+        Wang and Aitchison 2024, for AdamW: τ in epochs, between one and all of the run's.
     """
     decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
     if not isinstance(decay, Setting) or loop is None:
         raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")
     if not steps > 0:
         raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
+    if steps_per_epoch is not None and not steps_per_epoch > 0:
+        raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
     optimizer.close()
-    one = 1 / (_shrinking(optimizer) * steps)  # λ at Λ = 1
-    decay.bound((0.1 * one, 300 * one))
-    decay.set(torch.full_like(decay.value.detach(), 3 * one))
+    weakest, strongest = 0.1, 300.0  # T / τ
+    one = 1 / (_shrinking(optimizer) * steps)  # λ at T / τ = 1
+    epochs = steps / (steps_per_epoch or steps)
+    start = one * min(max(epochs / TIMESCALE, 1.0), strongest)
+    decay.bound((weakest * one, strongest * one))
+    decay.set(torch.full_like(decay.value.detach(), start))
     decay.refresh()
     loop.settings_were_set()
-    return 3 * one
+    return start
 
 
 def _shrinking(optimizer: HyperOptimizer) -> float:
@@ -242,7 +258,7 @@ class _Search:
 
     @contextmanager
     def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[float]:
-        """Within, the training steps are made at η = `rate`; yield the last one's loss."""
+        """Within, the training steps are made at η = `rate`; yield the last loss, ∞ if ruined."""
         with as_it_was(self.optimizer), self.lr.at(self.ratios * rate):
             settings = {
                 n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
@@ -252,11 +268,14 @@ class _Search:
                 self.optimizer._params(),
             )
             groups.start()
-            value = math.nan
+            value, first = math.inf, None
             for inner_loss in inner:
                 loss = inner_loss()
                 value = loss.item()
-                if not math.isfinite(value):
+                first = value if first is None else first
+                if not value <= RUINED * abs(first):
+                    value = math.inf
+                    self.cost += 1 / 3
                     break
                 for param, grad in zip(params, gradients(loss, params), strict=True):
                     param.grad = grad

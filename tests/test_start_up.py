@@ -81,11 +81,34 @@ def test_groups_keep_their_ratio_and_the_trials_are_counted():
         {"params": [*model[1].parameters(), *model[4].parameters()], "lr": 1e-5},
     ]
     optimizer = HyperOptimizer(torch.optim.SGD(groups), model, outer_loss(model), learn="lr")
-    tried = search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(5)])
+    losses = []
+
+    def counted(x: Tensor, y: Tensor) -> Tensor:
+        losses.append(1)
+        return loss(model, x, y)
+
+    tried = search_lr(optimizer, [partial(counted, x, y) for x, y in batches(5)])
     first, second = optimizer.hyperparameters["lr"]().tolist()
     assert first / second == pytest.approx(10) and first > 1e-3
-    # E, a third of a step, before and after each trial; a first step to see where to begin
-    assert optimizer.cost == pytest.approx(1 / 3 + 1 + (5 + 1 / 3) * len(tried))
+    ruined = sum(value == torch.inf for value in tried.values())
+    # a step for each loss, but for the last of a ruined trial; E before, and after the other trials
+    forward = ruined + 1 + len(tried) - ruined
+    assert len(losses) <= 1 + 5 * len(tried)
+    assert optimizer.cost == pytest.approx(len(losses) - ruined + forward / 3)
+
+
+def test_a_trial_ends_where_its_loss_has_tripled():
+    optimizer, inner = problem(1.0, "SGD")
+    losses: list[float] = []
+
+    def seen(closure: partial) -> Tensor:
+        losses.append(closure())
+        return losses[-1]
+
+    tried = search_lr(optimizer, [partial(seen, closure) for closure in inner])
+    assert torch.inf in tried.values()
+    assert len(losses) < 1 + len(inner) * len(tried)
+    assert max(losses).item() > 3 * losses[0].item() > 0
 
 
 def test_a_trial_that_diverges_counts_as_infinite():
@@ -125,19 +148,30 @@ def test_where_nothing_can_be_learned_the_lr_stays():
     [("SGD", {}), ("SGD", {"momentum": 0.8, "dampening": 0.3}), ("AdamW", {})],
 )
 @pytest.mark.parametrize("start", [1e-7, 0.5])
-def test_the_weight_decay_starts_where_a_run_forgets_thrice(name, options, start):
-    """With no gradient but its own, training shrinks a weight by e⁻³ within the run."""
+@pytest.mark.parametrize(("epoch", "time"), [(25, 250), (100, 400), (None, 400), (1, 10)])
+def test_the_weight_decay_starts_where_weights_forget_in_ten_epochs(
+    name, options, start, epoch, time
+):
+    """With no gradient but its own, training shrinks a weight by e⁻¹ in that time."""
     model, steps = nn.Linear(1, 1, bias=False).double(), 400
     bare = getattr(torch.optim, name)(model.parameters(), lr=0.05, weight_decay=start, **options)
     optimizer = HyperOptimizer(bare, model, lambda: model.weight.sum())
-    found = start_weight_decay(optimizer, steps)
+    found = start_weight_decay(optimizer, steps, epoch)
     assert optimizer.param_groups[0]["weight_decay"] == pytest.approx(found, rel=1e-6)
+    if time < 100:  # several e-foldings in a step: the formula alone
+        own = (
+            1
+            if name == "AdamW"
+            else (1 - options.get("dampening", 0)) / (1 - options.get("momentum", 0))
+        )
+        assert found == pytest.approx(1 / (0.05 * own * time))
+        return
     nn.init.ones_(model.weight)
-    for _ in range(steps):
+    for _ in range(time):
         bare.zero_grad()
         (0 * model.weight).sum().backward()
         bare.step()
-    assert model.weight.item() == pytest.approx(torch.tensor(-3.0).exp().item(), rel=0.1)
+    assert model.weight.item() == pytest.approx(torch.tensor(-1.0).exp().item(), rel=0.06)
 
 
 def test_the_weight_decay_stays_where_it_acts_within_the_run():
@@ -145,7 +179,7 @@ def test_the_weight_decay_stays_where_it_acts_within_the_run():
     optimizer = HyperOptimizer(
         torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0), model, outer_loss(model)
     )
-    assert start_weight_decay(optimizer, 100) == pytest.approx(0.3)
+    assert start_weight_decay(optimizer, 100, 4) == pytest.approx(0.25)
     decay = optimizer.hyperparameters["weight_decay"]
     assert decay.bounds == pytest.approx((0.01, 30.0))
     for raw, bound in ((-50.0, 0.01), (50.0, 30.0)):
@@ -162,6 +196,8 @@ def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():
         start_weight_decay(optimizer, 10)
     with pytest.raises(hypertorch.ArgumentError, match="`steps` must be"):
         start_weight_decay(optimizer, 0)
+    with pytest.raises(hypertorch.ArgumentError, match="`steps_per_epoch` must be"):
+        start_weight_decay(optimizer, 10, 0)
     other = HyperOptimizer(built("SGD", model), model, outer_loss(model), learn="lr")
     with pytest.raises(hypertorch.ArgumentError, match="learned `weight_decay`"):
         start_weight_decay(other, 10)
