@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import interval, positive, real, simplex, unit_interval
 
+from .entries import sparse_vector
 from .errors import ArgumentError
 
 __all__ = [
@@ -38,7 +39,7 @@ BOUNDARY_MARGIN = {"half line": 1e-6, "interval": 1e-3, "simplex": 1e-3}
 
 def to_value(raw: Tensor, constraint: Constraint) -> Tensor:
     """Return λ = c(ρ)."""
-    if constraint is positive:
+    if _is_positive(constraint):
         return raw.exp()  # what torch's own transform does, among other things
     return cast(Tensor, biject_to(constraint)(raw))
 
@@ -50,11 +51,21 @@ def to_raw(value: Tensor, constraint: Constraint) -> Tensor:
 
 def pulled_back(gradient: Tensor, raw: Tensor, value: Tensor, constraint: Constraint) -> Tensor:
     """Return dE/dρ = (∂c/∂ρ)ᵀ dE/dλ at λ = c(ρ)."""
-    if constraint is positive:
+    if gradient.is_sparse and is_elementwise(constraint):
+        (where,) = gradient.indices()
+        raw, value = raw.detach(), value.detach()
+        found = pulled_back(gradient.values(), raw[where], value[where], constraint)
+        return sparse_vector(where, found, raw.shape).coalesce()
+    if _is_positive(constraint):
         return gradient * value
     raw = raw.detach().requires_grad_()
     again = to_value(raw, constraint)
-    return gradient if again is raw else torch.autograd.grad(again, raw, gradient)[0]
+    return gradient if again is raw else torch.autograd.grad(again, raw, gradient.to_dense())[0]
+
+
+def _is_positive(constraint: Constraint) -> bool:
+    """Whether it is `positive`, or a copy."""
+    return isinstance(constraint, type(positive)) and float(constraint.lower_bound) == 0
 
 
 def is_elementwise(constraint: Constraint) -> bool:

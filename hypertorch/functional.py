@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .double_backward import TwiceDifferentiable
 from .dynamics import dynamics_of
+from .entries import dense
 from .errors import ArgumentError
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
@@ -79,7 +80,7 @@ def hypergradient(
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
             with one_batch(outer_loss):
-                return window.hypergradient(checked_outer(outer_loss, engine))[1]
+                return dense(window.hypergradient(checked_outer(outer_loss, engine))[1])
         finally:
             window.close()
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import arguments
 from .checkpoint import check_checkpoint
 from .dynamics import check_options, dynamics_of
+from .entries import dense
 from .errors import HypertorchWarning, WindowError
 from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
@@ -116,8 +117,7 @@ class HyperOptimizer(OptimizerWrapper):
         super().__init__(optimizer)
         self.model, self.outer_loss = model, outer_loss
         Slots(model, self._params())
-        is_learning = outer is not None
-        self.hyperparameters = arguments.learned(learn, optimizer, dynamics, is_learning)
+        self.hyperparameters = arguments.learned(learn, optimizer, dynamics, outer is not None)
         arguments.place(self.hyperparameters.values(), self._params()[0])
         self._steps = 0
         self._warned_plain = False
@@ -140,7 +140,7 @@ class HyperOptimizer(OptimizerWrapper):
     @property
     def hypergradients(self) -> dict[str, Tensor] | None:
         """dE/dλ of the latest outer update by name, in λ's units and shape; `None` before."""
-        return self._loop.hypergradients if self._loop else None
+        return dense(self._loop.hypergradients or {}) or None if self._loop else None
 
     @property
     def outer_loss_value(self) -> Tensor | None:
@@ -268,12 +268,12 @@ class HyperOptimizer(OptimizerWrapper):
         return Monitor(writer, {**self._loop.choices(), **start}, values)
 
     def _record(self, loop: OuterLoop) -> None:
-        if self._monitor is None or loop.hypergradients is None:
+        if self._monitor is None or not (found := self.hypergradients):
             return
         self._monitor.record(
             self._steps,
             {name: h() for name, h in self.hyperparameters.items()},
-            loop.hypergradients,
+            found,
             {
                 **loop.losses(),
                 "safeguards/rollbacks": float(self.rollbacks),

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .entries import MANY
 from .errors import ArgumentError
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -71,7 +72,7 @@ class GatedSign(torch.optim.Optimizer):
             for raw, max_step in zip(params, steps, strict=True):
                 if raw.grad is None:
                     continue
-                if raw.numel() >= _MANY and raw.device.type == "cpu":
+                if raw.numel() >= MANY and raw.device.type == "cpu":
                     self._move_some_of(raw, raw.grad, max_step, group["decay"])
                 else:
                     together.setdefault((max_step, raw.dtype, raw.device), []).append(raw)
@@ -80,24 +81,21 @@ class GatedSign(torch.optim.Optimizer):
 
     def _move(self, raws: list[Tensor], max_step: float, decay: float) -> None:
         """Move several ρ as one vector."""
-        parts = list(zip(*[(raw, *self._averages(raw)) for raw in raws], strict=True))
-        gradient, *before = (
-            torch.cat([tensor.reshape(-1) for tensor in part])
-            for part in ([raw.grad for raw in raws], *parts)
-        )
-        after = _moved(gradient, *before, max_step=max_step, decay=decay)
-        informs, sizes = gradient != 0, [raw.numel() for raw in raws]
-        for part, old, new in zip(parts, before, after, strict=True):
-            pieces = torch.where(informs, new, old).split(sizes)
-            shaped = [x.view(raw.shape) for x, raw in zip(pieces, raws, strict=True)]
-            torch._foreach_copy_(part, shaped)
+        rows = zip(*[(raw, *self._averages(raw)) for raw in raws], strict=True)
+        parts = [tensor for row in rows for tensor in row]
+        gradient = torch.cat([raw.grad.reshape(-1) for raw in raws if raw.grad is not None])
+        before = torch.cat([part.reshape(-1) for part in parts]).view(4, -1)
+        after = torch.stack(_moved(gradient, *before.unbind(), max_step=max_step, decay=decay))
+        kept = torch.where(gradient != 0, after, before).view(-1)
+        pieces = zip(kept.split([part.numel() for part in parts]), parts, strict=True)
+        torch._foreach_copy_(parts, [piece.view(part.shape) for piece, part in pieces])
 
     def _move_some_of(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
         """Move the entries of a ρ that have a hypergradient: a batch's, of a weight per example."""
         parts = [raw, *self._averages(raw)]
-        where = gradient.reshape(-1).nonzero().squeeze(1)
-        few = [part.reshape(-1)[where] for part in (gradient, *parts)]
-        moved = _moved(*few, max_step=max_step, decay=decay)
+        where, informative = _informative(gradient)
+        before = [part.view(-1)[where] for part in parts]
+        moved = _moved(informative, *before, max_step=max_step, decay=decay)
         for part, new in zip(parts, moved, strict=True):
             part.view(-1)[where] = new
 
@@ -109,8 +107,14 @@ class GatedSign(torch.optim.Optimizer):
         return [state[name] for name in names]
 
 
-#: From here on, on a CPU, it pays to look for the ρ that have a hypergradient at all.
-_MANY = 2**14
+def _informative(gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Return where a hypergradient is not zero, and what it is there."""
+    if not gradient.is_sparse:
+        where = gradient.reshape(-1).nonzero().squeeze(1)
+        return where, gradient.reshape(-1)[where]
+    where, values = gradient.indices().squeeze(0), gradient.values()
+    informs = values != 0
+    return where[informs], values[informs]
 
 
 def _moved(

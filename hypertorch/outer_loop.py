@@ -20,7 +20,7 @@ from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
 from .inner_loss import checked_outer, guarded
-from .outer import OuterFactory
+from .outer import GatedSign, OuterFactory
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
 from .state import ModuleBuffers, Slots, State
@@ -65,9 +65,8 @@ class OuterLoop:
     ) -> None:
         self.model, self.optimizer, self.outer_loss = model, optimizer, outer_loss
         self.hyperparameters = dict(hyperparameters)
-        self.engine, self.safeguards = engine, safeguards
+        self.engine, self.safeguards, self._factory = engine, safeguards, factory
         self.window, self.update_every = rhythm
-        self._factory = factory
         settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
         self.groups = LearnedGroups(optimizer, settings)
         self._carried: Carried | None = None
@@ -232,7 +231,8 @@ class OuterLoop:
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
         """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
         for name, h in self.hyperparameters.items():
-            h.raw.grad = h.pull_back(hypergradients[name])
+            gradient = h.pull_back(hypergradients[name])
+            h.raw.grad = gradient if isinstance(self.rule, GatedSign) else gradient.to_dense()
         self.rule.step()
         for h in self.hyperparameters.values():
             h.raw.grad = None

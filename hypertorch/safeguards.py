@@ -138,7 +138,8 @@ class Safeguards:
 
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
-        largest = torch._foreach_max(torch._foreach_abs(list(hypergradients.values())))
+        known = [h.values() if h.is_sparse else h for h in hypergradients.values()]
+        largest = torch._foreach_max(torch._foreach_abs(known))
         loss, *sizes = torch.stack([outer_loss.to(largest[0]), *largest]).tolist()
         if not math.isfinite(loss):
             raise Diverged(f"the outer loss is {loss}")

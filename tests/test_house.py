@@ -15,6 +15,7 @@ ROOT = Path(hypertorch.__file__).parent
 #: A module imports only modules of a lower rank; a package ranks as one.
 RANKS = [
     {"errors"},
+    {"entries"},
     {"constraints"},
     {"hyperparameters", "state", "wrapper"},
     {"dynamics", "validation", "calibration"},

@@ -125,7 +125,7 @@ class Window(ABC):
 
     @abstractmethod
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return E and dE/dλ for each hyperparameter, in its own units and shape.
+        """Return E and dE/dλ for each hyperparameter, in its own units and shape; it may be sparse.
 
         Args:
             outer_loss: computes E at the weights the model holds; the model is left in whatever

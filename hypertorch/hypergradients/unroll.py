@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..dynamics import unrolled
+from ..entries import sparse_gradients
 from ..errors import WindowError
 from ..state import set_state
 from ..transition import check_dependence
@@ -43,6 +44,11 @@ class Unroll(Engine):
 
     needs = "loss"
     runs_outer_loss_alone = True
+
+    def check(self, training: Training) -> None:
+        """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
+        for h in training.in_loss.values():
+            h.expect_rows()
 
     def open(self, training: Training, carried: Carried | None = None) -> "UnrolledWindow":
         """Start a graph at the present weights and buffers."""
@@ -99,7 +105,8 @@ class UnrolledWindow(Window):
         """
         values, loss = self.training.values(), outer_loss()
         try:
-            gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
+            with sparse_gradients():
+                gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
             if all(gradient is None for gradient in gradients):
                 self._check_outer_dependence(loss)
         except RuntimeError as error:
@@ -107,7 +114,7 @@ class UnrolledWindow(Window):
                 raise _broken_graph() from error
             raise
         return loss.detach(), {
-            name: torch.zeros_like(value) if gradient is None else gradient
+            name: torch.zeros_like(value) if gradient is None else _settled(gradient)
             for (name, value), gradient in zip(values.items(), gradients, strict=True)
         }
 
@@ -124,6 +131,11 @@ class UnrolledWindow(Window):
         buffers = [states.get(i, {}) for states, g in groups for i in range(len(g["params"]))]
         set_state(self.training.optimizer, buffers)
         return None
+
+
+def _settled(gradient: Tensor) -> Tensor:
+    has_entries = gradient.is_sparse and gradient._nnz() > 0
+    return gradient.coalesce() if has_entries else gradient.to_dense()
 
 
 #: How torch says that a tensor of the graph was written to, or its graph freed.
