@@ -4,7 +4,7 @@ Autograd writes the gradient of `weights()[rows]` out as a vector of λ's size, 
 step of a window: with a weight for each of a million examples that is most of what they cost.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -66,9 +66,10 @@ def sparse_vector(where: Tensor, values: Tensor, size: torch.Size) -> Tensor:
     return torch.sparse_coo_tensor(where.unsqueeze(0), values, size, check_invariants=False)
 
 
-def dense(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same tensors, none of them sparse."""
-    return {name: value.to_dense() for name, value in found.items()}
+def dense(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same dictionary, in which no tensor is sparse any longer."""
+    found.update({name: value.to_dense() for name, value in found.items()})
+    return found
 
 
 def entries(value: Tensor) -> Tensor:

@@ -119,8 +119,7 @@ class HyperOptimizer(OptimizerWrapper):
         Slots(model, self._params())
         self.hyperparameters = arguments.learned(learn, optimizer, dynamics, outer is not None)
         arguments.place(self.hyperparameters.values(), self._params()[0])
-        self._steps = 0
-        self._warned_plain = False
+        self._steps, self._warned_plain = 0, False
         self._loop: OuterLoop | None = None
         if outer is not None and outer_loss is not None:
             self._loop = OuterLoop(
@@ -140,7 +139,8 @@ class HyperOptimizer(OptimizerWrapper):
     @property
     def hypergradients(self) -> dict[str, Tensor] | None:
         """dE/dλ of the latest outer update by name, in λ's units and shape; `None` before."""
-        return dense(self._loop.hypergradients or {}) or None if self._loop else None
+        found = self._loop.hypergradients if self._loop else None
+        return found and dense(found)
 
     @property
     def outer_loss_value(self) -> Tensor | None:
