@@ -61,7 +61,8 @@ class PeakMemory(TorchDispatchMode):
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
             if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
+                for part in (leaf._indices(), leaf._values()) if leaf.is_sparse else (leaf,):
+                    self._count(part.untyped_storage())
         return result
 
     def _count(self, storage: Any) -> None:

@@ -104,3 +104,12 @@ def test_memory_is_counted_while_it_lives():
         del first
         second = torch.ones(500) + torch.ones(500)
     assert memory.peak == 3 * 500 * 4 and second.sum() == 1000
+
+
+def test_the_memory_of_a_sparse_tensor_is_that_of_its_entries():
+    where, values = torch.arange(100).unsqueeze(0), torch.ones(100)
+    sparse = torch.sparse_coo_tensor(where, values, (10**6,), check_invariants=False)
+    with overhead_engines.PeakMemory() as memory:
+        twice = sparse.coalesce() * 2
+    assert twice.sum() == 200
+    assert 100 * 4 <= memory.peak <= 10 * 100 * (8 + 4)
