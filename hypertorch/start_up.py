@@ -263,12 +263,9 @@ class _Search:
             settings = {
                 n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
             }
-            groups, params = (
-                LearnedGroups(self.optimizer.optimizer, settings),
-                self.optimizer._params(),
-            )
+            groups = LearnedGroups(self.optimizer.optimizer, settings)
             groups.start()
-            value, first = math.inf, None
+            params, value, first = self.optimizer._params(), math.inf, None
             for inner_loss in inner:
                 loss = inner_loss()
                 value = loss.item()
