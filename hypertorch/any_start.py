@@ -26,7 +26,7 @@ from .hypergradients import FirstOrder, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
-from .start_up import search_lr, start_weight_decay
+from .start_up import check_steps, search_lr, start_weight_decay
 from .state import leaving_no_trace
 from .validation import Batch, ValidationLoss, placed
 
@@ -104,8 +104,7 @@ def from_any_start(
         Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
         piece.
     """
-    if not steps > 0:
-        raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
+    check_steps(steps)
     batches = _first(train_loader, model, steps=TRIAL_STEPS)
     judges = _first(validation_loader, model, count=TRIAL_EXAMPLES)
     if not batches or not judges:

@@ -145,8 +145,7 @@ def start_weight_decay(
     decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
     if not isinstance(decay, Setting) or loop is None:
         raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")
-    if not steps > 0:
-        raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
+    check_steps(steps)
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
     optimizer.close()
@@ -159,6 +158,16 @@ def start_weight_decay(
     decay.refresh()
     loop.settings_were_set()
     return start
+
+
+def check_steps(steps: int) -> None:
+    """Refuse a run without steps.
+
+    Raises:
+        ArgumentError: says what `steps` are.
+    """
+    if not steps > 0:
+        raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
 
 
 def _shrinking(optimizer: HyperOptimizer) -> float:
@@ -240,12 +249,14 @@ class _Search:
         if not (math.isfinite(share) and share > 0):
             return self.start
         rate = 10.0 ** round(math.log10(MODEST / share))
+        return rate if self._is_within(rate) else self.start
+
+    def _is_within(self, rate: float) -> bool:
         lower, upper = self.lr.bounds or (0.0, math.inf)
-        return rate if lower <= rate <= upper else self.start
+        return lower <= rate <= upper
 
     def _is_allowed(self, half_decades: int) -> bool:
-        lower, upper = self.lr.bounds or (0.0, math.inf)
-        return lower <= self.rate(half_decades) <= upper
+        return self._is_within(self.rate(half_decades))
 
     def _trial(self, half_decades: int) -> float:
         """Return E after the training steps at this η, infinite where it may not go."""
