@@ -12,6 +12,10 @@ from .state import leaving_no_trace
 
 Batch = tuple[Any, Any]
 
+#: What to do about batches that are no pairs: where E is meant, and where pairs are needed.
+ANY_OUTER_LOSS = "For other batches pass a callable that returns the outer loss."
+PAIRS_ALONE = "Give its loader a `collate_fn` that returns one."
+
 
 class ValidationLoss:
     """E = criterion(model(x), y) on one batch (x, y) of `loader`, which is cycled for ever.
@@ -87,7 +91,8 @@ class ValidationLoss:
             batch = self._draw()
         finally:
             self._random = torch.get_rng_state()
-        return placed(batch, next(self.model.parameters()).device)
+        device = next(self.model.parameters()).device
+        return placed(batch, device, "validation batch", ANY_OUTER_LOSS)
 
     def _draw(self) -> Any:
         if self._batches is None:
@@ -144,12 +149,23 @@ class ValidationLoss:
         self.load_state_dict(resume)
 
 
-def placed(batch: Any, device: torch.device) -> Batch:
-    """Return a batch on the model's device, once it is a pair (x, y)."""
+def placed(
+    batch: Any, device: torch.device, name: str = "batch", advice: str = PAIRS_ALONE
+) -> Batch:
+    """Return a batch on the model's device, once it is a pair (x, y).
+
+    Args:
+        batch: what a loader yielded.
+        device: the model's.
+        name: what to call it in an error.
+        advice: what to do where a batch is something else.
+
+    Raises:
+        ArgumentTypeError: it is no pair.
+    """
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ArgumentTypeError(
-            f"A validation batch must be a pair (x, y). Got {type(batch).__name__}. "
-            "For other batches pass a callable that returns the outer loss."
+            f"A {name} must be a pair (x, y). Got {type(batch).__name__}. {advice}"
         )
     return _moved(batch[0], device), _moved(batch[1], device)
 

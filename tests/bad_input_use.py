@@ -9,7 +9,7 @@ import torch
 from bad_input_bench import Bench, rejected, type_error, unsupported, value_error, window_error
 from torch import nn
 
-from hypertorch import HyperOptimizer, ValidationLoss
+from hypertorch import HyperOptimizer, ValidationLoss, from_any_start
 
 NO_GRADIENT = (
     "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
@@ -75,6 +75,13 @@ def step_on_foreign(bench: Bench, wrapper: HyperOptimizer) -> None:
 def with_outer(outer: Any) -> Callable[[Bench], HyperOptimizer]:
     """Return a preparation of a wrapper that asks `outer` for the outer loss at its next step."""
     return lambda b: b.wrap(window=1, update_every=1, outer_loss=lambda: outer(b))
+
+
+def start_anywhere(training: Any, validation: Any) -> Callable[[Bench, Any], Any]:
+    """Start a run on loaders, of which `None` is a good one."""
+    return lambda b, _: from_any_start(
+        b.optimizer, b.model, nn.functional.mse_loss, training or b.data, validation or b.data, 100
+    )
 
 
 def add_shared_group(bench: Bench, wrapper: HyperOptimizer) -> None:
@@ -237,6 +244,17 @@ USE = [
         lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, [b.data[0][0]])(),
         "A validation batch must be a pair (x, y). Got Tensor. "
         "For other batches pass a callable that returns the outer loss.",
+    ),
+    type_error(
+        "training batches that are not pairs",
+        start_anywhere([torch.zeros(3, 4)], None),
+        "A batch must be a pair (x, y). Got Tensor. "
+        "Give its loader a `collate_fn` that returns one.",
+    ),
+    type_error(
+        "validation batches of a run from any start that are not pairs",
+        start_anywhere(None, [{"x": 1}]),
+        "A batch must be a pair (x, y). Got dict. Give its loader a `collate_fn` that returns one.",
     ),
     value_error(
         "a validation loader of unknown length that is empty",
