@@ -12,6 +12,8 @@ from torch import Tensor
 from .entries import MANY
 from .errors import ArgumentError
 
+#: Builds the rule from the ρ. A rule that says `takes_sparse = True` of itself finds a sparse dE/dρ
+#: in `.grad` where a window had to do with a few of many numbers; any other rule, a dense one.
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
@@ -34,6 +36,9 @@ class GatedSign(torch.optim.Optimizer):
             for each hyperparameter, in the order in which they are learned.
         decay: γ in [0, 1).
 
+    Attributes:
+        takes_sparse: that it does: see `OuterFactory`.
+
     Cost: two vectors of ρ's size; no host synchronisation.
 
     Example:
@@ -47,6 +52,8 @@ class GatedSign(torch.optim.Optimizer):
     References:
         A significance gate as in COHG (2026); steps by the sign as in Micaelli and Storkey 2021.
     """
+
+    takes_sparse = True
 
     def __init__(
         self,

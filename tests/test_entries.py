@@ -192,6 +192,34 @@ def test_any_other_outer_rule_is_given_whole_vectors():
     assert (example_weights().detach() != before).sum() > 10
 
 
+class SignDescent(torch.optim.SGD):
+    """ρ ← ρ − lr sign(h), which keeps what it was given."""
+
+    def step(self, closure=None):
+        self.given = [rho.grad.layout for group in self.param_groups for rho in group["params"]]
+        for group in self.param_groups:
+            for rho in group["params"]:
+                rho.data -= group["lr"] * rho.grad.to_dense().sign()
+
+
+class SparseSignDescent(SignDescent):
+    """The same, and it says that it takes sparse gradients."""
+
+    takes_sparse = True
+
+
+def test_a_rule_of_ones_own_says_whether_it_takes_sparse_gradients():
+    ends, given = [], []
+    for kind in (SignDescent, SparseSignDescent):
+        model = mlp()
+        optimizer, example_weights = wrapped(model, outer=partial(kind, lr=0.05))
+        train(model, optimizer, example_weights, 8)
+        given.append(optimizer._loop.rule.given)
+        ends.append(example_weights().detach())
+    assert given == [[torch.strided, torch.strided], [torch.strided, torch.sparse_coo]]
+    assert torch.equal(*ends)
+
+
 def test_a_resumed_run_and_copies_go_on_identically():
     model = mlp()
     optimizer, example_weights = wrapped(model)
