@@ -12,8 +12,6 @@ from torch import Tensor
 from .entries import MANY
 from .errors import ArgumentError
 
-#: Builds the rule from the ρ. A rule that says `takes_sparse = True` of itself finds a sparse dE/dρ
-#: in `.grad` where a window had to do with a few of many numbers; any other rule, a dense one.
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
 
@@ -37,7 +35,7 @@ class GatedSign(torch.optim.Optimizer):
         decay: γ in [0, 1).
 
     Attributes:
-        takes_sparse: that it does: see `OuterFactory`.
+        takes_sparse: that it does; see the function.
 
     Cost: two vectors of ρ's size; no host synchronisation.
 
@@ -112,6 +110,15 @@ class GatedSign(torch.optim.Optimizer):
         if not state:
             state.update({name: torch.zeros_like(raw) for name in names})
         return [state[name] for name in names]
+
+
+def takes_sparse(rule: torch.optim.Optimizer) -> bool:
+    """Return whether a rule says `takes_sparse = True` of itself.
+
+    It then finds a sparse dE/dρ in `.grad` where a window had to do with a few of many numbers; any
+    other rule finds a dense one.
+    """
+    return getattr(rule, "takes_sparse", False)
 
 
 def _informative(gradient: Tensor) -> tuple[Tensor, Tensor]:

@@ -20,7 +20,7 @@ from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter, Setting
 from .inner_loss import checked_outer, guarded
-from .outer import OuterFactory
+from .outer import OuterFactory, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
 from .state import ModuleBuffers, Slots, State
@@ -230,10 +230,9 @@ class OuterLoop:
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
         """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
-        takes_sparse = getattr(self.rule, "takes_sparse", False)
         for name, h in self.hyperparameters.items():
             gradient = h.pull_back(hypergradients[name])
-            h.raw.grad = gradient if takes_sparse else gradient.to_dense()
+            h.raw.grad = gradient if takes_sparse(self.rule) else gradient.to_dense()
         self.rule.step()
         for h in self.hyperparameters.values():
             h.raw.grad = None
