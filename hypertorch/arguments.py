@@ -18,7 +18,7 @@ from .errors import (
     did_you_mean,
 )
 from .hypergradients import Engine
-from .hyperparameters import Hyperparameter, Setting
+from .hyperparameters import Hyperparameter, Setting, held_as
 from .param_groups import starting_values
 
 #: Where the outer rule keeps a setting, in its own units: guard rails, far outside what is useful.
@@ -103,6 +103,8 @@ def learned(
             raise ArgumentError(
                 f"`{name}` is learned twice. Give each Hyperparameter a `name` of its own."
             )
+        if isinstance(learn, Mapping) and isinstance(what, Hyperparameter):
+            _check_is_used(name, what, optimizer, dynamics)
         with warnings.catch_warnings():
             if not is_learning:
                 warnings.simplefilter("ignore", HypertorchWarning)
@@ -111,6 +113,8 @@ def learned(
                 if isinstance(what, Hyperparameter)
                 else _setting(name, what, optimizer, dynamics)
             )
+    for name, hyperparameter in found.items():
+        hyperparameter.name = name
     return found
 
 
@@ -118,9 +122,6 @@ def _entries(learn: Any) -> list[tuple[str, Any]]:
     if isinstance(learn, (str, Hyperparameter)):
         learn = (learn,)
     if isinstance(learn, Mapping):
-        for name, what in learn.items():
-            if isinstance(what, Hyperparameter):
-                what.name = name
         return list(learn.items())
     if not isinstance(learn, Iterable):
         raise ArgumentTypeError(f"`learn` must hold names. Got {type(learn).__name__}.")
@@ -135,6 +136,21 @@ def _entry(item: Any) -> tuple[str, Any]:
     raise ArgumentTypeError(
         f"`learn` holds names of settings and Hyperparameter objects. Got {item!r}."
     )
+
+
+def _check_is_used(
+    name: str, what: Hyperparameter, optimizer: torch.optim.Optimizer, dynamics: Dynamics
+) -> None:
+    """Raise if `name` is a setting of the optimizer, in whose place `what` would not be used."""
+    read = {*dynamics.constraints, *dynamics.flags}
+    if name in read and not held_as(what, optimizer.param_groups) & read:
+        owner = type(optimizer).__name__
+        raise ArgumentError(
+            f"`{name}` is a setting of {owner}, which would not use the Hyperparameter given for "
+            f"it. To learn {owner}'s own, let it start in the optimizer and say how many there "
+            f'are: learn={{"{name}": "group"}}. If your loss uses the Hyperparameter, give it '
+            "another name."
+        )
 
 
 def _setting(

@@ -6,7 +6,7 @@ the optimizer, one for all, per group, per tensor or per element.
 
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -265,6 +265,11 @@ class Setting(Hyperparameter):
             self.raw = grown.requires_grad_()
             self.refresh()
         self.shapes += more.shapes
+
+
+def held_as(hyperparameter: Hyperparameter, groups: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Return the keys under which param groups hold a hyperparameter, for their Φ to call."""
+    return {key for group in groups for key, held in group.items() if held is hyperparameter}
 
 
 def check_granularity(name: str, granularity: object) -> None:

@@ -8,7 +8,7 @@ from bad_input_bench import Bench, type_error, unsupported, value_error, wrap
 from support import OPTIMIZERS
 from torch import nn
 
-from hypertorch import HyperOptimizer, Hyperparameter, simplex, unit_interval
+from hypertorch import HyperOptimizer, Hyperparameter, positive, simplex, unit_interval
 
 SUPPORTED = "Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD"
 SGD_SETTINGS = "dampening, lr, momentum, weight_decay"
@@ -202,6 +202,13 @@ ARGUMENTS = [
         wrap(learn={"lr": "tensors"}),
         "`lr` cannot be learned per 'tensors'. Did you mean `tensor`? "
         "Available: element, group, shared, tensor.",
+    ),
+    value_error(
+        "a Hyperparameter in the place of a setting",
+        wrap(learn={"weight_decay": "group", "lr": Hyperparameter(0.05, positive)}),
+        "`lr` is a setting of SGD, which would not use the Hyperparameter given for it. To learn "
+        "SGD's own, let it start in the optimizer and say how many there are: "
+        'learn={"lr": "group"}. If your loss uses the Hyperparameter, give it another name.',
     ),
     value_error(
         "a shared setting over groups that differ",

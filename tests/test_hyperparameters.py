@@ -251,6 +251,24 @@ def test_a_mapping_names_a_hyperparameter():
     assert optimizer.hyperparameters["mix"] is alpha and alpha.name == "mix"
 
 
+def test_a_mapping_that_is_refused_renames_nothing():
+    model, alpha, beta = mlp(), Hyperparameter(0.5), Hyperparameter(0.5, unit_interval)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(hypertorch.ArgumentError, match="`momentum` is a setting of SGD"):
+        wrapped(bare, model, learn={"mix": alpha, "momentum": beta})
+    assert alpha.name == beta.name == "hyperparameter"
+
+
+def test_the_loss_may_use_a_hyperparameter_that_calls_itself_as_a_setting():
+    """`alpha` mixes losses here; RMSprop has an `alpha` as well, and that one stays as it is."""
+    model, alpha = mlp(), Hyperparameter(0.3, unit_interval, name="alpha")
+    bare = torch.optim.RMSprop(model.parameters(), lr=0.01)
+    optimizer = wrapped(bare, model, learn=[alpha], window=2, update_every=2)
+    for x, y in batches(2):
+        optimizer.step(alpha() * mse(model(x), y))
+    assert optimizer.hypergradients["alpha"] != 0 and bare.param_groups[0]["alpha"] == 0.99
+
+
 @pytest.mark.parametrize("through", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_a_copy_has_the_same_value_and_moves_on_its_own(through):
     h = Hyperparameter(torch.tensor([0.2, 0.8]), unit_interval, name="alpha")
