@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from ..errors import WindowError
-from ..hyperparameters import Hyperparameter, Setting
+from ..hyperparameters import Hyperparameter, Setting, held_as
 from ..state import Slots, State
 from ..transition import Gradients, Transition
 
@@ -53,8 +53,16 @@ class Training:
 
     @property
     def in_loss(self) -> dict[str, Hyperparameter]:
-        """The hyperparameters that the user's losses hold."""
+        """The others, which the user's losses call; or Φ itself, if a param group holds them."""
         return {n: h for n, h in self.hyperparameters.items() if not isinstance(h, Setting)}
+
+    @property
+    def in_dynamics(self) -> dict[str, set[str]]:
+        """What each hyperparameter that Φ uses is called: its name, and its keys in a group."""
+        groups = self.optimizer.param_groups
+        keys = {n: held_as(h, groups) for n, h in self.in_loss.items()}
+        held = {n: {n, *own} for n, own in keys.items() if own}
+        return {n: {n} for n in self.settings} | held
 
     def values(self) -> dict[str, Tensor]:
         """Return λ by name: leaves."""

@@ -27,7 +27,8 @@ from .stationarity import OfState, OfWeights, Stationarity, is_torch_own
 _MOVE_THE_WEIGHTS = ("weight_decay", "eps")
 #: Solvers of a symmetric system.
 _SYMMETRIC = (ConjugateGradient, Nystrom, Lanczos)
-#: Settings of any other Φ that are taken for what these words mean.
+#: Settings of any other Φ, and keys of Hyperparameters in its param groups, that are taken for what
+#: these words mean.
 _DO_NOT = ("lr", "momentum", "dampening")
 
 
@@ -135,11 +136,12 @@ class Implicit(Engine):
         Raises:
             UnsupportedError: names it, and an engine that can.
         """
-        for name in training.settings:
-            if name in self._without_influence(training):
+        for name, words in training.in_dynamics.items():
+            for word in sorted(words.intersection(self._without_influence(training))):
+                its = "" if word == name else f", a param group's `{word}`"
                 raise UnsupportedError(
-                    f"`Implicit` cannot learn `{name}`: at a fixed point the weights do not depend "
-                    "on it. Use `Unroll` or `Forward`."
+                    f"`Implicit` cannot learn `{name}`{its}: at a fixed point the weights do not "
+                    "depend on it. Use `Unroll` or `Forward`."
                 )
         owner = type(training.optimizer).__name__
         if not is_torch_own(training.dynamics):

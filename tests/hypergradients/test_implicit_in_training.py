@@ -429,6 +429,65 @@ def test_another_dynamics_has_no_symmetric_system_and_a_learned_lr_is_refused(cu
         HyperOptimizer(bare, ridge.model, ridge.outer, learn="lr", engine=Implicit())
 
 
+class Held(optim.Optimizer):
+    """b ← μ b + g + λ w, w ← w − η b, where a param group holds η, μ and λ to be called."""
+
+    def __init__(self, params: Any, **held: Hyperparameter) -> None:
+        super().__init__(params, {"lr": 1.0, **held})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            settings = {name: group[name] for name in ("lr", *HELD)}
+            for p in group["params"]:
+                new, self.state[p] = held_step(p, p.grad, self.state[p], **settings)
+                p.copy_(new)
+
+
+def held_step(param, grad, buffers, *, lr, rate, momentum, decay):
+    lag = momentum() * buffers.get("lag", torch.zeros_like(param)) + grad + decay() * param
+    return param - lr * rate() * lag, {"lag": lag}
+
+
+HELD = {"rate": 0.2, "momentum": 0.5, "decay": 0.3}
+
+
+@pytest.fixture
+def held():
+    """Return a ridge, its optimizer and what its one param group holds."""
+    hypertorch.register_dynamics(Held, held_step, {"lr": hypertorch.positive}, tuple(HELD))
+    ridge = Ridge()
+    values = {
+        name: Hyperparameter(torch.tensor(value, **F64), hypertorch.positive, name=f"my {name}")
+        for name, value in HELD.items()
+    }
+    yield ridge, Held(ridge.model.parameters(), **values), values
+    del registry._REGISTRY[Held], registry._UNROLLED[Held]
+
+
+def test_a_momentum_that_a_param_group_holds_is_refused_by_either_name(held):
+    ridge, bare, values = held
+    with pytest.raises(UnsupportedError) as raised:
+        learn = [values["decay"], values["momentum"]]
+        HyperOptimizer(bare, ridge.model, ridge.outer, learn=learn, engine=Implicit())
+    assert str(raised.value) == (
+        "`Implicit` cannot learn `my momentum`, a param group's `momentum`: at a fixed point the "
+        "weights do not depend on it. Use `Unroll` or `Forward`."
+    )
+    with pytest.raises(UnsupportedError) as raised:
+        learn = {"lr": values["rate"]}
+        HyperOptimizer(bare, ridge.model, ridge.outer, learn=learn, engine=Implicit())
+    assert str(raised.value) == LEARNED.format("lr") + OTHERS
+
+
+def test_a_decay_that_a_param_group_holds_is_learned_as_torchs_own_is(held):
+    ridge, bare, values = held
+    optimizer = HyperOptimizer(bare, ridge.model, learn=[values["decay"]], outer=None)
+    engine = Implicit(FixedPoint(rtol=1e-13, max_steps=1000))
+    found = hypergradient(optimizer, [ridge.inner], ridge.outer, engine)["my decay"]
+    assert found.item() == pytest.approx(ridge.slope(), rel=1e-10)
+
+
 # What is left alone.
 
 
