@@ -1,6 +1,7 @@
 """Bad inputs to the constructor: the first part of the table of bad inputs."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -8,7 +9,15 @@ from bad_input_bench import Bench, type_error, unsupported, value_error, wrap
 from support import OPTIMIZERS
 from torch import nn
 
-from hypertorch import HyperOptimizer, Hyperparameter, positive, simplex, unit_interval
+from hypertorch import (
+    GatedSign,
+    HyperOptimizer,
+    Hyperparameter,
+    Implicit,
+    positive,
+    simplex,
+    unit_interval,
+)
 
 SUPPORTED = "Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD"
 SGD_SETTINGS = "dampening, lr, momentum, weight_decay"
@@ -125,6 +134,17 @@ ARGUMENTS = [
         "an engine by name",
         wrap(engine="unroll"),
         "`engine` must be an engine such as Unroll(). Got str.",
+    ),
+    unsupported(
+        "an engine that cannot learn the momentum",
+        wrap(learn=["lr", "momentum"], engine=Implicit()),
+        "`Implicit` cannot learn `lr`: at a fixed point the weights do not depend on it. "
+        "Use `Unroll` or `Forward`.",
+    ),
+    value_error(
+        "an outer rule for other hyperparameters",
+        wrap(learn=["lr", "momentum"], outer=partial(GatedSign, max_step=(0.1, 0.2, 0.3))),
+        "`max_step` of GatedSign must be a number, or one for each hyperparameter. Got 3 for 2.",
     ),
     value_error(
         "a misspelt setting",
