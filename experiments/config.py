@@ -7,6 +7,7 @@ from typing import cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config_errors import ConfigError, check_keys, explained
@@ -45,9 +46,29 @@ def load_config(overrides: list[str], folder: Path = CONFIG_FOLDER) -> Config:
         ConfigError: for an unknown key or choice, or a value of the wrong type.
     """
     register_schema()
-    with explained(folder), initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose("config", overrides)
-    return checked(config)
+    return checked(composed("config", overrides, folder))
+
+
+def composed(name: str, overrides: list[str], folder: Path) -> DictConfig:
+    """What Hydra makes of a configuration, also while it runs a command in the same process.
+
+    Args:
+        name: of the file or dataclass at the top.
+        overrides: Hydra overrides.
+        folder: where the files are.
+
+    Raises:
+        ConfigError: for an unknown key or choice, or a value of the wrong type.
+    """
+    hydra = GlobalHydra.instance()
+    running = hydra.hydra  # the command's own, which composes by other folders
+    hydra.clear()
+    try:
+        with explained(folder), initialize_config_dir(str(folder), version_base="1.3"):
+            return compose(name, overrides)
+    finally:
+        hydra.hydra = running
+        GlobalHydra.set_instance(hydra)
 
 
 def checked(config: DictConfig) -> Config:

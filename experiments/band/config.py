@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, cast
 
-from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
-from experiments.config import CONFIG_FOLDER
-from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean, explained
+from experiments.config import CONFIG_FOLDER, composed
+from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean
 
 BAND_FOLDER = CONFIG_FOLDER / "band"
 
@@ -35,8 +34,7 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
     for group, choices in CHOICES.items():
         for choice, node in choices.items():
             store.store(group=group, name=f"{choice}_schema", node=node)
-    with explained(folder), initialize_config_dir(str(folder), version_base="1.3"):
-        config = compose("band", overrides)
+    config = composed("band", overrides, folder)
     check_keys(config)
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:

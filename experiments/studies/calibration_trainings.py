@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from hydra.core.global_hydra import GlobalHydra
 from scipy.optimize import minimize_scalar
 from torch import Tensor
 from torch.nn.functional import cross_entropy
@@ -32,7 +31,7 @@ CRITERIA: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 
 def problem_of(task: str, seed: int, epochs: int | None = None) -> Problem:
-    """A task of the benchmark, composed even where Hydra already runs a command.
+    """A task of the benchmark.
 
     Args:
         task: its name.
@@ -43,12 +42,7 @@ def problem_of(task: str, seed: int, epochs: int | None = None) -> Problem:
         The problem.
     """
     shorter = [] if epochs is None else [f"task.epochs={epochs}"]
-    running = GlobalHydra.instance().hydra
-    GlobalHydra.instance().clear()
-    try:
-        return Problem(load_tasks([f"task={task}", *shorter])[task], seed)
-    finally:
-        GlobalHydra.instance().hydra = running
+    return Problem(load_tasks([f"task={task}", *shorter])[task], seed)
 
 
 def batches_of(problem: Problem) -> list[Examples]:
