@@ -61,11 +61,13 @@ def check_keys(config: DictConfig, prefix: str = "") -> None:
             check_keys(config[key], f"{prefix}{key}.")
 
 
-def did_you_mean(word: str, words: Iterable[str]) -> str:
-    """` Did you mean `…`?` for a close word, else the list of those there are."""
+def did_you_mean(word: str, words: Iterable[str], prefix: str = "") -> str:
+    """` Did you mean `…`?` for a close word, else the list of those there are, each prefixed."""
     words = sorted(words)
     close = difflib.get_close_matches(word, words, n=1)
-    return f" Did you mean `{close[0]}`?" if close else f" Available: {', '.join(words)}."
+    if close:
+        return f" Did you mean `{prefix}{close[0]}`?"
+    return f" Available: {', '.join(prefix + name for name in words)}."
 
 
 def _missing_choice(error: MissingConfigException) -> str:
@@ -90,11 +92,11 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
 
 
 def _unknown_key(full_key: str, known: Collection[str]) -> str:
-    prefix, dot, _ = full_key.rpartition(".")
+    parent, dot, key = full_key.rpartition(".")
     if not known:
-        return f"unknown key `{full_key}`. This experiment has no `{prefix}`."
-    names = [f"{prefix}{dot}{name}" for name in known if not name.startswith("_")]
-    return f"unknown key `{full_key}`.{did_you_mean(full_key, names)}"
+        return f"unknown key `{full_key}`. This experiment has no `{parent}`."
+    names = [name for name in known if not name.startswith("_")]
+    return f"unknown key `{full_key}`.{did_you_mean(key, names, parent + dot)}"
 
 
 def _siblings(text: str) -> list[str]:

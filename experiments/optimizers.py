@@ -11,10 +11,12 @@ import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 import hypertorch
 from experiments.config_errors import ConfigError, did_you_mean
-from experiments.schema import Config, HyperConfig, Schedule
+from experiments.loaders import TensorLoader
+from experiments.schema import AnyStartConfig, Config, HyperConfig, Schedule
 
 
 def build(node: Any, *args: Any, **extra: Any) -> Any:
@@ -24,20 +26,25 @@ def build(node: Any, *args: Any, **extra: Any) -> Any:
     return target(*args, **extra, **settings)
 
 
-def build_optimizer(
+def wrapped(
+    bare: torch.optim.Optimizer,
     config: Config,
     model: nn.Module,
-    outer_loss: Callable[[], Tensor],
-    steps_per_epoch: int,
+    train_loader: TensorLoader,
+    validation_loader: TensorLoader,
     writer: Any = None,
 ) -> torch.optim.Optimizer:
-    """The bare optimizer if `hyper.learn` is empty, else a `HyperOptimizer` around it.
+    """The optimizer that `hyper` chooses, around a bare one, for a cross-entropy.
+
+    `hypertorch.from_any_start`, which makes its trials on the first batches of both loaders; a
+    `HyperOptimizer` that learns what `hyper.learn` names; or the bare optimizer if that is empty.
 
     Args:
+        bare: of `config.optimizer`.
         config: of the run.
-        model: whose parameters are trained.
-        outer_loss: what λ and η are learned on.
-        steps_per_epoch: what `hyper.update_every=epoch` means.
+        model: whose parameters are trained; at its initial weights.
+        train_loader: its length is what `hyper.update_every=epoch` means.
+        validation_loader: what λ and η are learned on.
         writer: a SummaryWriter, or None.
 
     Returns:
@@ -46,21 +53,22 @@ def build_optimizer(
     Raises:
         ConfigError: if `hyper.outer` names no rule.
     """
-    bare: torch.optim.Optimizer = build(config.optimizer, model.parameters())
-    hyper = config.hyper
+    hyper, epoch = config.hyper, len(train_loader)
+    optional = {"window": hyper.window, "update_every": hyper.update_every}
+    options = {name: value for name, value in optional.items() if value is not None}
+    options |= {"steps_per_epoch": epoch, "writer": writer}
+    if OmegaConf.get_type(hyper) is AnyStartConfig:
+        loaders, steps = (train_loader, validation_loader), config.run.epochs * epoch
+        return hypertorch.from_any_start(bare, model, cross_entropy, *loaders, steps, **options)
     if not hyper.learn:
         return bare
-    optional = {"window": hyper.window, "update_every": hyper.update_every}
-    given = {name: value for name, value in optional.items() if value is not None}
     return hypertorch.HyperOptimizer(
         bare,
         model,
-        outer_loss=outer_loss,
+        outer_loss=hypertorch.ValidationLoss(model, cross_entropy, validation_loader),
         learn=dict(hyper.learn),
         outer=outer_rule(hyper),
-        steps_per_epoch=steps_per_epoch,
-        writer=writer,
-        **given,
+        **options,
     )
 
 

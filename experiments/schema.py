@@ -117,6 +117,18 @@ class HyperConfig:
 
 
 @dataclass
+class AnyStartConfig:
+    """`hypertorch.from_any_start`: what η and λ are at first decides nothing, and both are learned.
+
+    It chooses what is learned and by which outer rule itself.
+    """
+
+    name: str = MISSING
+    window: int | None = None  # None: the preset's own, here and below
+    update_every: Any = None  # steps, or "epoch"
+
+
+@dataclass
 class RunConfig:
     """A training run: the loop and its run folder, `<root>/<experiment>/<name>`."""
 
@@ -162,7 +174,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig, "mnist": MNISTConfig},
     "model": {"mlp": MLPConfig, "cnn": CNNConfig, "resnet18": ResNet18Config},
     "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
-    "hyper": {"learn": HyperConfig, "none": HyperConfig},
+    "hyper": {"learn": HyperConfig, "any_start": AnyStartConfig, "none": HyperConfig},
 }
 
 RUNS: dict[str, type] = {"training": RunConfig, "study": StudyRunConfig}

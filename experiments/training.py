@@ -14,18 +14,17 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-import hypertorch
 from experiments.evaluation import BestWeights, evaluate
 from experiments.loaders import Examples, TensorLoader
 from experiments.optimizers import (
     build,
-    build_optimizer,
     close,
     cost_of,
     hyperparameter_values,
     rollbacks_of,
     schedule_factor,
     training_step,
+    wrapped,
 )
 from experiments.recording import Recorder
 from experiments.resuming import Interrupted, Interruption, rng_states, set_rng_states
@@ -59,12 +58,10 @@ class Trainer:
         self.task = (build(config.task) if task is None else task).to(self.device)
         shape, classes = self.task.image_shape, self.task.classes
         self.model: nn.Module = build(config.model, shape, classes).to(self.device)
-        self.loader = TensorLoader(
-            self.task.train, config.run.batch_size, shuffle=True, seed=config.run.seed
-        )
+        self.loader = self._train_loader()
         self.steps = config.run.epochs * len(self.loader)
         self.recorder = Recorder(folder, progress, self.steps, config.run.name)
-        self.step, self._checkpointed, self.seconds = 0, 0, 0.0
+        self.step, self._checkpointed = 0, 0
         self.best = BestWeights()
         self._loss_sum = torch.zeros((), device=self.device)  # since the last evaluation
         self._start()
@@ -73,19 +70,24 @@ class Trainer:
         checkpoint = None if self.folder is None else self.folder.load_checkpoint(self.device)
         step = None if checkpoint is None else checkpoint["step"] + 1
         writer = self.recorder.open_writer(purge_step=step)
-        self.optimizer = build_optimizer(
-            self.config, self.model, self._outer_loss(), len(self.loader), writer
-        )
+        bare = build(self.config.optimizer, self.model.parameters())
+        loaders = self._train_loader(), self._validation_loader()
+        started = time.perf_counter()  # some optimizers make trials first
+        self.optimizer = wrapped(bare, self.config, self.model, *loaders, writer)
+        self.seconds = time.perf_counter() - started
         factor = functools.partial(schedule_factor, self.config.run.schedule, self.steps)
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
         self.recorder.start([] if checkpoint is None else checkpoint["history"])
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
 
-    def _outer_loss(self) -> hypertorch.ValidationLoss:
+    def _train_loader(self) -> TensorLoader:
+        run = self.config.run
+        return TensorLoader(self.task.train, run.batch_size, shuffle=True, seed=run.seed)
+
+    def _validation_loader(self) -> TensorLoader:
         validation, size = self.task.validation, self.config.run.validation_batch_size
-        loader = TensorLoader(validation, min(size, len(validation.y)))
-        return hypertorch.ValidationLoss(self.model, cross_entropy, loader)
+        return TensorLoader(validation, min(size, len(validation.y)))
 
     def run(self) -> dict[str, Any]:
         """Train to the end, and try the best weights on test data.

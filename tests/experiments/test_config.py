@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import CONFIG_FOLDER, load_config
 from experiments.config_errors import ConfigError
+from experiments.schema import Schedule
 
 
 @pytest.fixture
@@ -59,14 +60,33 @@ ON_THE_COMMAND_LINE = {
     f"{', '.join(EXPERIMENTS)}.",
     "study.seeds=[1]": "command line: unknown key `study.seeds`. This experiment has no `study`.",
     "~optimizer": "command line: `optimizer` has no value. Give it one.",
+    "hyper=any_start hyper.outer=Adam": "command line: unknown key `hyper.outer`. Available: "
+    "hyper.name, hyper.update_every, hyper.window.",
+    "hyper=any_start +hyper.learn.lr=group": "command line: unknown key `hyper.learn`. Available: "
+    "hyper.name, hyper.update_every, hyper.window.",
 }
 
 
 @pytest.mark.parametrize("override", ON_THE_COMMAND_LINE)
 def test_a_bad_override_is_named(override):
     with pytest.raises(ConfigError) as caught:
-        load_config([override])
+        load_config(override.split())
     assert str(caught.value) == ON_THE_COMMAND_LINE[override]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "schedule", "size"),
+    [
+        ([], Schedule.linear, 64),
+        (["experiment=resnet18"], Schedule.cosine, 128),
+        (["run.schedule=constant", "run.validation_batch_size=9"], Schedule.constant, 9),
+    ],
+    ids=["its own", "the experiment's", "the user's"],
+)
+def test_any_start_brings_a_schedule_unless_there_is_one(overrides, schedule, size):
+    run = load_config(["hyper=any_start", *overrides]).run
+    assert (run.schedule, run.validation_batch_size) == (schedule, size)
+    assert run.name == "any_start-seed0"
 
 
 def test_a_file_that_is_not_yaml_is_named_with_the_line(folder):

@@ -27,6 +27,7 @@ TINY = [
     "run.threads=1",
     "run.device=cpu",
 ]
+CNN = ("model=cnn", "model.channels=[4]")
 FILES = {"config.yaml", "metrics.csv", "summary.json", "figure.png"}
 
 
@@ -40,7 +41,7 @@ def metrics(folder):
         return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
 
 
-@pytest.mark.parametrize("hyper", ["none", "learn"])
+@pytest.mark.parametrize("hyper", ["none", "learn", "any_start"])
 def test_a_run_leaves_its_folder_complete(tmp_path, hyper):
     config = tiny(tmp_path, f"hyper={hyper}")
     summary = run(config, progress=False)
@@ -54,6 +55,7 @@ def test_a_run_leaves_its_folder_complete(tmp_path, hyper):
     assert float(rows[-1]["train_loss"]) < float(rows[1]["train_loss"])
     events = EventAccumulator(str(folder.path)).Reload()
     assert len(events.Scalars("evaluation/validation_loss")) == len(rows)
+    assert ("hyperparameter/weight_decay" in events.Tags()["scalars"]) == (hyper != "none")
 
 
 def test_a_learned_run_costs_more_and_moves_lr(tmp_path):
@@ -62,6 +64,21 @@ def test_a_learned_run_costs_more_and_moves_lr(tmp_path):
     assert plain["cost_steps"] == plain["steps"] == 48
     assert learned["cost_steps"] > 48
     assert plain["final"]["lr"] == 0.1 and learned["final"]["lr"] > 0.001
+
+
+def test_from_any_start_the_run_is_the_same_to_the_bit_and_counts_its_trials(tmp_path):
+    histories, weights = [], []
+    for start in (("optimizer.lr=1e-6",), ("optimizer.lr=10", "optimizer.weight_decay=0.1")):
+        trainer = Trainer(tiny(tmp_path, "hyper=any_start", "hyper.update_every=20", *start))
+        trainer.run()
+        histories.append([{**row, "seconds": 0} for row in trainer.recorder.history])
+        weights.append(torch.cat([p.detach().flatten() for p in trainer.model.parameters()]))
+    assert str(histories[0]) == str(histories[1])  # the first training loss is not a number
+    assert torch.equal(*weights)
+    first, last = trainer.recorder.history[0], trainer.recorder.history[-1]
+    assert first["cost_steps"] > 20 and first["seconds"] > 0  # two trials of ten steps, or more
+    assert last["cost_steps"] > 48 + first["cost_steps"]
+    assert 1e-3 < first["lr"] < 10 and last["lr"] == 0  # its schedule is linear
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
@@ -95,10 +112,19 @@ def interrupt_at(step, monkeypatch):
     [
         ("hyper=none",),
         ("hyper=learn", "run.schedule=cosine"),
-        ("hyper=learn", "model=cnn", "model.channels=[4]", "optimizer=adamw"),
+        ("hyper=learn", *CNN, "optimizer=adamw"),
         ("hyper=learn", "hyper.outer=Adam", "hyper.outer_lr=0.1", "run.validation_batch_size=100"),
+        ("hyper=any_start", "hyper.window=5", "hyper.update_every=20"),
+        ("hyper=any_start", "hyper.window=5", "hyper.update_every=20", *CNN, "optimizer=adamw"),
     ],
-    ids=["none", "scheduled", "batch norm and AdamW", "outer Adam and validation batches"],
+    ids=[
+        "none",
+        "scheduled",
+        "batch norm and AdamW",
+        "outer Adam and validation batches",
+        "from any start",
+        "from any start with batch norm and AdamW",
+    ],
 )
 def test_a_run_goes_on_bit_identically_after_ctrl_c(tmp_path, monkeypatch, overrides, step):
     """Beside the run that wrote the same checkpoint and went on."""
