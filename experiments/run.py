@@ -1,6 +1,7 @@
 """`python -m experiments.run experiment=digits hyper=learn`: one run or study into its folder.
 
-The same command after Ctrl-C goes on from the checkpoint; a study starts again.
+The same command after Ctrl-C goes on from the checkpoint; a study starts again. That of a finished
+run shows what was found, and when.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any, cast
 
 import hydra
@@ -63,8 +65,19 @@ def _train(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 def _job(config: DictConfig) -> None:
     with _exit_with_a_message():
         settings = checked(config)
+        folder = RunFolder.of(settings)
+        if finished := folder.finished():
+            print(_finished_before(finished, folder))
         report = _report if settings.study is None else report_study
-        report(run(settings), RunFolder.of(settings))
+        report(run(settings), folder)
+
+
+def _finished_before(when: datetime, folder: RunFolder) -> str:
+    return (
+        f"This run was finished before, on {when:%Y-%m-%d at %H:%M}, and is not made again, "
+        f"whatever has changed in the code. To make it again, delete {folder.path} or choose "
+        "another `run.name`."
+    )
 
 
 def _report(summary: dict[str, Any], folder: RunFolder) -> None:

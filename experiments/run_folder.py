@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,12 @@ class RunFolder:
             return None
         summary: dict[str, Any] = json.loads(self.summary_file.read_text())
         return summary
+
+    def finished(self) -> datetime | None:
+        """When the run was finished; None before."""
+        if not self.summary_file.exists():
+            return None
+        return datetime.fromtimestamp(self.summary_file.stat().st_mtime)
 
     def _claim(self, config: Config) -> None:
         if self.config_file.exists():
