@@ -10,7 +10,10 @@ from .errors import CheckpointError, listed
 from .hyperparameters import Hyperparameter
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
-PARTS = ("steps", "raw", "groups", "position", "overhead", "rule", "safeguards", "outer_loss")
+PARTS = (
+    *("steps", "raw", "groups", "position", "carried", "overhead", "rule", "safeguards"),
+    "outer_loss",
+)
 
 
 def check_checkpoint(

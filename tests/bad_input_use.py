@@ -400,10 +400,17 @@ CHECKPOINTS = [
         beside(outer=partial(torch.optim.Adam, lr=0.05)),
     ),
     rejected(
+        "a checkpoint without what one window hands to the next",
+        changed(hypertorch=lambda own: {k: v for k, v in own.items() if k != "carried"}),
+        "The checkpoint's `hypertorch` part lacks carried. "
+        "Pass the whole of what `state_dict()` returned.",
+        with_checkpoint,
+    ),
+    rejected(
         "a checkpoint whose learned part was cut off",
         changed(hypertorch=lambda own: {"raw": own["raw"]}),
-        "The checkpoint's `hypertorch` part lacks groups, outer_loss, overhead, position, rule, "
-        "safeguards, steps. "
+        "The checkpoint's `hypertorch` part lacks carried, groups, outer_loss, overhead, "
+        "position, rule, safeguards, steps. "
         "Pass the whole of what `state_dict()` returned.",
         with_checkpoint,
     ),
