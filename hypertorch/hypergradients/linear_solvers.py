@@ -1,7 +1,7 @@
 """Matrix-free solvers of M v = b, with M a function of a list of tensors.
 
 FixedPoint (the Neumann series): v ← v + α (b − M v).  ConjugateGradient: M symmetric, positive.
-NormalConjugateGradient: Mᵀ M v = Mᵀ b.
+NormalConjugateGradient: Mᵀ M v = Mᵀ b.  Lanczos: |M|⁻¹ b, with |eigenvalues|, in a few steps.
 What M is (a Hessian, I − Aᵀ) is not their business.
 """
 
