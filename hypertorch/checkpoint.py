@@ -1,13 +1,13 @@
 """What a state dict must be to fit an optimizer, checked before anything is touched."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .errors import CheckpointError, listed
-from .hyperparameters import Hyperparameter
+from .hyperparameters import Hyperparameter, number_of
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
 PARTS = (
@@ -41,6 +41,7 @@ def check_checkpoint(
     keys = [key for group in saved for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
         _check_buffers(key, state_dict["state"].get(key, {}), param)
+    _check_held(saved, optimizer.param_groups)
     own = state_dict.get("hypertorch")
     if own is not None:
         _check_parts(own)
@@ -56,6 +57,21 @@ def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
                 f"`{name}` of parameter {key} has shape {tuple(value.shape)} in the checkpoint, "
                 f"and the parameter {tuple(param.shape)}. Build the model that wrote it."
             )
+
+
+def _check_held(saved: Sequence[Mapping[str, Any]], live: Sequence[Mapping[str, Any]]) -> None:
+    for number, (there, here) in enumerate(zip(saved, live, strict=True)):
+        for key, held in here.items():
+            if not isinstance(held, Hyperparameter):
+                continue
+            value = number_of(there.get(key))
+            if value is None or value.shape != held().shape:
+                found = f"{there.get(key)!r}" if value is None else f"shape {tuple(value.shape)}"
+                raise CheckpointError(
+                    f"`{key}` of group {number} has {found} in the checkpoint, and the "
+                    f"Hyperparameter there is of shape {tuple(held().shape)}. Build the optimizer "
+                    "that wrote it."
+                )
 
 
 def _check_parts(own: Mapping[str, Any]) -> None:

@@ -99,6 +99,14 @@ class Hyperparameter:
         self.raw = to_raw(inside, self.constraint).clone().requires_grad_()
         self.refresh()
 
+    @torch.no_grad()
+    def take_over(self, value: Tensor) -> None:
+        """Let λ be `value`, of its shape; ρ stays the same tensor, which an outer rule may hold."""
+        if torch.equal(value.to(self.value), self.value):
+            return  # ρ would move by a rounding
+        self.raw.copy_(to_raw(just_inside(value, self.constraint, self.name), self.constraint))
+        self.refresh()
+
     def refresh(self) -> None:
         """Let λ be c(ρ) again, after ρ moved."""
         raw = self.raw.detach()
@@ -270,6 +278,15 @@ class Setting(Hyperparameter):
 def held_as(hyperparameter: Hyperparameter, groups: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the keys under which param groups hold a hyperparameter, for their Φ to call."""
     return {key for group in groups for key, held in group.items() if held is hyperparameter}
+
+
+def number_of(held: Any) -> Tensor | None:
+    """Return what a param group holds, a number, a tensor or a `Hyperparameter`, as a tensor."""
+    if isinstance(held, Hyperparameter):
+        return held().detach()
+    if isinstance(held, (int, float)):
+        return torch.tensor(held, dtype=torch.float64)
+    return held if isinstance(held, Tensor) else None
 
 
 def check_granularity(name: str, granularity: object) -> None:

@@ -22,8 +22,9 @@ from .inner_loss import InnerLoss, missing_loss
 from .monitor import Monitor
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
+from .param_groups import load_optimizer
 from .safeguards import Diverged, Safeguards
-from .state import Slots, load_optimizer
+from .state import Slots
 from .transition import Gradients
 from .wrapper import OptimizerWrapper
 
@@ -312,8 +313,7 @@ class HyperOptimizer(OptimizerWrapper):
             return self.optimizer.state_dict()
         self._loop.cut()
         state: dict[str, Any] = self.optimizer.state_dict()
-        groups = zip(state["param_groups"], self._loop.groups.effective_lr(), strict=True)
-        state["param_groups"] = [{**group, "lr": lr} for group, lr in groups]
+        state["param_groups"] = self._loop.groups.saved(state["param_groups"])
         state["hypertorch"] = {"steps": self._steps, **self._loop.state_dict()}
         return state
 

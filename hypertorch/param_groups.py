@@ -9,15 +9,15 @@ While no scheduler is attached, the reference follows what is learned, and `lr` 
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
-from .hyperparameters import Setting
-from .state import State, set_state
+from .hyperparameters import Hyperparameter, Setting, number_of
+from .state import HOST_BUFFERS, State, set_state
 from .transition import Transition
 
 
@@ -113,6 +113,12 @@ class LearnedGroups:
         self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
         self.start()
 
+    def saved(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+        """Return the groups of a state dict as any optimizer loads them: numbers, η_t as `lr`."""
+        numbers = [{key: _as_number(held) for key, held in group.items()} for group in groups]
+        rates = self.effective_lr()
+        return [{**group, "lr": lr} for group, lr in zip(numbers, rates, strict=True)]
+
     def state_dict(self) -> dict[str, Any]:
         """Return the references and what the groups show as `lr`."""
         return {"reference": list(self.reference), "lr": [g["lr"] for g in self._groups]}
@@ -166,6 +172,35 @@ class LearnedGroups:
                     f"{found}. Stop the scheduler from cycling it "
                     f"(`cycle_momentum=False`), or do not learn `{name}`."
                 )
+
+
+def _as_number(held: Any) -> Any:
+    return held().detach().clone() if isinstance(held, Hyperparameter) else held
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
+    """Load a checked state dict as torch does, but for two things.
+
+    A `Hyperparameter` that a group holds stays there, and takes over the number that was saved: in
+    its place torch would put that number, and nothing would be learned. A host buffer is not
+    converted as if it were a weight's.
+    """
+    held = [
+        {key: h for key, h in group.items() if isinstance(h, Hyperparameter)}
+        for group in optimizer.param_groups
+    ]
+    for own, saved in zip(held, state_dict["param_groups"], strict=True):
+        for key, h in own.items():
+            h.take_over(cast(Tensor, number_of(saved[key])))
+    optimizer.load_state_dict(dict(state_dict))
+    for group, own in zip(optimizer.param_groups, held, strict=True):
+        group.update(own)
+    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    for key, param in zip(keys, params, strict=True):
+        for name, value in state_dict["state"].get(key, {}).items():
+            if name in HOST_BUFFERS and isinstance(value, Tensor):
+                optimizer.state[param][name] = value.detach().clone().cpu()
 
 
 def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:

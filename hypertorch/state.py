@@ -199,17 +199,6 @@ def set_state(optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[str, A
             optimizer.state[param] = {k: _settled(k, v) for k, v in state.items()}
 
 
-def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, Any]) -> None:
-    """Load a checked state dict; torch would convert a host buffer as if it were a weight's."""
-    optimizer.load_state_dict(dict(state_dict))
-    keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for key, param in zip(keys, params, strict=True):
-        for name, value in state_dict["state"].get(key, {}).items():
-            if name in HOST_BUFFERS and isinstance(value, Tensor):
-                optimizer.state[param][name] = value.detach().clone().cpu()
-
-
 def _settled(key: str, value: Any) -> Any:
     if not isinstance(value, Tensor):
         return value

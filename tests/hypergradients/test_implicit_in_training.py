@@ -429,40 +429,15 @@ def test_another_dynamics_has_no_symmetric_system_and_a_learned_lr_is_refused(cu
         HyperOptimizer(bare, ridge.model, ridge.outer, learn="lr", engine=Implicit())
 
 
-class Held(optim.Optimizer):
-    """b ← μ b + g + λ w, w ← w − η b, where a param group holds η, μ and λ to be called."""
-
-    def __init__(self, params: Any, **held: Hyperparameter) -> None:
-        super().__init__(params, {"lr": 1.0, **held})
-
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        for group in self.param_groups:
-            settings = {name: group[name] for name in ("lr", *HELD)}
-            for p in group["params"]:
-                new, self.state[p] = held_step(p, p.grad, self.state[p], **settings)
-                p.copy_(new)
-
-
-def held_step(param, grad, buffers, *, lr, rate, momentum, decay):
-    lag = momentum() * buffers.get("lag", torch.zeros_like(param)) + grad + decay() * param
-    return param - lr * rate() * lag, {"lag": lag}
-
-
-HELD = {"rate": 0.2, "momentum": 0.5, "decay": 0.3}
-
-
 @pytest.fixture
-def held():
+def held(held_sgd):
     """Return a ridge, its optimizer and what its one param group holds."""
-    hypertorch.register_dynamics(Held, held_step, {"lr": hypertorch.positive}, tuple(HELD))
     ridge = Ridge()
     values = {
         name: Hyperparameter(torch.tensor(value, **F64), hypertorch.positive, name=f"my {name}")
-        for name, value in HELD.items()
+        for name, value in {"rate": 0.2, "momentum": 0.5, "decay": 0.3}.items()
     }
-    yield ridge, Held(ridge.model.parameters(), **values), values
-    del registry._REGISTRY[Held], registry._UNROLLED[Held]
+    return ridge, held_sgd(ridge.model.parameters(), **values), values
 
 
 def test_a_momentum_that_a_param_group_holds_is_refused_by_either_name(held):
