@@ -199,15 +199,24 @@ class Engine(ABC):
 
 
 def outer_gradient(
-    outer_loss: OuterLoss, params: Sequence[Tensor], values: Mapping[str, Tensor]
+    outer_loss: OuterLoss,
+    params: Sequence[Tensor],
+    values: Mapping[str, Tensor],
+    average: float | None = None,
 ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
     """Return E, ∂_s E at the weights, `None` where E does not depend on one, and ∂_λ E.
+
+    Args:
+        outer_loss: E.
+        params: the weights, which the model holds.
+        values: λ, by name.
+        average: β, where the weights are the window's average.
 
     Raises:
         WindowError: E depends on none of the weights.
     """
     if isinstance(outer_loss, TakenOnce):
-        return outer_loss.gradient(params, values)
+        return outer_loss.gradient(params, values, average)
     loss, trainable = outer_loss(), [p for p in params if p.requires_grad]
     found = torch.autograd.grad(loss, [*trainable, *values.values()], allow_unused=True)
     if all(gradient is None for gradient in found[: len(trainable)]):
@@ -222,11 +231,11 @@ def outer_gradient(
 
 
 class TakenOnce:
-    """E whose gradient several windows want: at the weights `params` it is computed once.
+    """E whose gradient several windows of the same steps want: it is computed once.
 
     Args:
         outer_loss: E.
-        params: the weights that most of them take it at; at others it is computed anew.
+        params: the last weights; those of an average with β are told by β.
         values: λ of all of them.
 
     Attributes:
@@ -237,7 +246,7 @@ class TakenOnce:
         self, outer_loss: OuterLoss, params: Sequence[Tensor], values: Mapping[str, Tensor]
     ) -> None:
         self._outer_loss, self._params, self._values = outer_loss, params, values
-        self._found: tuple[Tensor, list[Tensor | None], dict[str, Tensor]] | None = None
+        self._found: dict[float | None, tuple[Tensor, list[Tensor | None], dict[str, Tensor]]] = {}
         self.spared = 0
 
     def __call__(self) -> Tensor:
@@ -245,16 +254,17 @@ class TakenOnce:
         return self._outer_loss()
 
     def gradient(
-        self, params: Sequence[Tensor], values: Mapping[str, Tensor]
+        self, params: Sequence[Tensor], values: Mapping[str, Tensor], average: float | None
     ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
-        """Return what `outer_gradient` does."""
-        if any(p is not own for p, own in zip(params, self._params, strict=True)):
+        """Return what `outer_gradient` does; at weights that are neither, it is computed anew."""
+        is_last = all(p is own for p, own in zip(params, self._params, strict=True))
+        if average is None and not is_last:
             return outer_gradient(self._outer_loss, params, values)
-        if self._found is None:
-            self._found = outer_gradient(self._outer_loss, self._params, self._values)
-        else:
+        if average in self._found:
             self.spared += 1
-        loss, at_weights, direct = self._found
+        else:
+            self._found[average] = outer_gradient(self._outer_loss, params, self._values)
+        loss, at_weights, direct = self._found[average]
         return loss, at_weights, {name: direct[name] for name in values}
 
 

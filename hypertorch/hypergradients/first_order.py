@@ -3,16 +3,16 @@
 The gradients g_t of the inner loss count as constants; everything else of Φ is differentiated.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
 
-from ..double_backward import TwiceDifferentiable
 from ..dual_numbers import NoRule, dual
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import UnsupportedError
 from ..state import State
+from .averages import Average, check_average
 from .engine import (
     Carried,
     Engine,
@@ -97,11 +97,7 @@ class FirstOrder(Engine):
     runs_outer_loss_alone = True
 
     def __init__(self, average: float | None = None) -> None:
-        if average is not None and not 0 <= average < 1:
-            raise ArgumentError(
-                f"`average` of FirstOrder must be at least 0 and below 1. Got {average!r}. "
-                "0.95 remembers about twenty steps; None takes the last weights."
-            )
+        check_average(average, "FirstOrder")
         self.average = average
         self._spare = Spare()
 
@@ -176,7 +172,7 @@ class FirstOrderWindow(LiveWindow):
         carried: Carried | None,
     ) -> None:
         super().__init__(training)
-        self._tangents = tangents
+        self._tangents, self._decay = tangents, decay
         self._average: Average | None = None
         if decay is not None:
             self._average = Average(decay, self.params, carried)
@@ -197,23 +193,16 @@ class FirstOrderWindow(LiveWindow):
         """
         values = self.training.values()
         with self._weights() as params:
-            loss, gradient, direct = outer_gradient(outer_loss, params, values)
+            loss, gradient, direct = outer_gradient(outer_loss, params, values, self._decay)
         part = "param" if self._average is None else "average"
         along = self._tangents.along(gradient, part)
         return loss, {name: direct[name] + along[name] for name in direct}
 
-    @contextmanager
-    def _weights(self) -> Iterator[Sequence[Tensor]]:
-        """Yield the weights that E is taken at, which the model holds meanwhile."""
-        slots = self.training.slots
+    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
+        """The weights that E is taken at, which the model holds within."""
         if self._average is None:
-            yield self.params
-            return
-        with TwiceDifferentiable(slots.model).held():  # compiled for its own Parameters alone
-            try:
-                yield slots.fill(self._average.leaves(self.params))
-            finally:
-                slots.fill(slots.params)
+            return nullcontext(self.params)
+        return self._average.in_place_of(self.params, self.training.slots)
 
     def close(self) -> Carried | None:
         """Return w̄ and t, where the next window begins at the same weights."""
@@ -221,45 +210,3 @@ class FirstOrderWindow(LiveWindow):
         if self._average is None or not self.training.is_contiguous:
             return None
         return self._average.carried()
-
-
-class Average:
-    """w̄_t = w̄_{t-1} + a_t (w_t − w̄_{t-1}), a_t = (1 − β) / (1 − βᵗ).
-
-    Args:
-        decay: β.
-        params: the weights, whose values do not count yet.
-        carried: the average to go on from.
-    """
-
-    def __init__(self, decay: float, params: Sequence[Tensor], carried: Carried | None) -> None:
-        self.decay, self.count = decay, 0
-        self.params = [p.detach().to(_wide(p), copy=True) for p in params]
-        if carried is not None:
-            self.count = carried["count"]
-            self.params = [
-                w.to(p.device, copy=True) for w, p in zip(carried["average"], params, strict=True)
-            ]
-
-    @torch.no_grad()
-    def update(self, params: Sequence[Tensor]) -> float:
-        """Take in w_t; return a_t."""
-        self.count += 1
-        rate = (1 - self.decay) / (1 - self.decay**self.count)
-        torch._foreach_lerp_(self.params, [p.to(_wide(p)) for p in params], rate)
-        return rate
-
-    def leaves(self, params: Sequence[Tensor]) -> list[Tensor]:
-        """Return w̄ to be differentiated in, and the weights themselves where they do not train."""
-        pairs = zip(self.params, params, strict=True)
-        return [
-            w.to(p.dtype, copy=True).requires_grad_() if p.requires_grad else p for w, p in pairs
-        ]
-
-    def carried(self) -> Carried:
-        """Return what the next window needs."""
-        return {"average": self.params, "count": self.count}
-
-
-def _wide(param: Tensor) -> torch.dtype:
-    return torch.promote_types(param.dtype, torch.float32)

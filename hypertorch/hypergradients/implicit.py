@@ -8,8 +8,15 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from ..errors import ArgumentTypeError, HypertorchWarning, SolverError, UnsupportedError
+from ..errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HypertorchWarning,
+    SolverError,
+    UnsupportedError,
+)
 from ..transition import Linearised
+from .averages import check_average
 from .engine import Carried, Engine, Training
 from .implicit_windows import ImplicitWindow, LiveImplicitWindow, Report
 from .linear_solvers import (
@@ -64,6 +71,10 @@ class Implicit(Engine):
         inner_loss: a closure that computes the loss whose fixed point is meant, such as that of all
             training data, at the weights the model holds; default: that of the last step. With it
             training steps are plain ones, and the loop may stay as it is.
+        average: β; E and the linear system are then those at exponentially averaged weights w̄, as
+            in `FirstOrder`, in place of the last ones. These are off the fixed point by their own
+            noise, which w̄ has averaged out: with mini-batches, v is the surer for it. It takes an
+            `inner_loss`; module buffers (BatchNorm's statistics) stay those of the last weights.
         warm_start: whether v starts from the last window's.
         holds_preconditioner: with a decoupled decay, whether the √v + ε of AdamW and its kin is
             held as training has made it, and the weights taken to rest where
@@ -76,7 +87,7 @@ class Implicit(Engine):
         last: of the latest hypergradient, a `Report`; `None` before.
 
     Raises:
-        ArgumentTypeError: an argument is not what it should be.
+        ArgumentError: an argument is not what it should be.
         SolverError (later, when the system is solved): it is not positive definite although the
             solver needs that, or the iteration diverges.
 
@@ -110,6 +121,7 @@ class Implicit(Engine):
         solver: LinearSolver | None = None,
         *,
         inner_loss: Callable[[], Tensor] | None = None,
+        average: float | None = None,
         warm_start: bool = True,
         holds_preconditioner: bool = False,
     ) -> None:
@@ -124,7 +136,13 @@ class Implicit(Engine):
                 "`inner_loss` of Implicit must be a closure that returns the loss. "
                 f"Got {type(inner_loss).__name__}."
             )
-        self.inner_loss, self.warm_start = inner_loss, warm_start
+        check_average(average, "Implicit")
+        if average is not None and inner_loss is None:
+            raise ArgumentError(
+                "`average` of Implicit needs an `inner_loss`: the last step's loss was computed at "
+                "the last weights. Pass a closure that computes it at those the model holds."
+            )
+        self.inner_loss, self.average, self.warm_start = inner_loss, average, warm_start
         self.holds_preconditioner = holds_preconditioner
         self.needs = "loss" if inner_loss is None else "gradients"
         self.last: Report | None = None
@@ -212,9 +230,10 @@ class Implicit(Engine):
 
     def __repr__(self) -> str:
         own = ", inner_loss=…" if self.inner_loss is not None else ""
+        mean = "" if self.average is None else f", average={self.average}"
         cold = "" if self.warm_start else ", warm_start=False"
         held = ", holds_preconditioner=True" if self.holds_preconditioner else ""
-        return f"Implicit({self.solver!r}{own}{cold}{held})"
+        return f"Implicit({self.solver!r}{own}{mean}{cold}{held})"
 
 
 def _decoupled(training: Training) -> list[dict[str, object]]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from ..state import State, set_state
 from ..transition import Linearised, Transition
+from .averages import Average
 from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
 from .linear_system import norm
 
@@ -81,8 +83,11 @@ class ImplicitWindow(Window):
             WindowError: E is another model's.
         """
         values = self.training.values()
-        loss, at_weights, direct = outer_gradient(outer_loss, self.params, values)
-        system = self._engine.system(self._present())
+        with self._weights() as params:
+            loss, at_weights, direct = outer_gradient(
+                outer_loss, params, values, self._engine.average
+            )
+            system = self._engine.system(self._present(params))
         rhs = system.rhs(at_weights)
         size = _length(rhs)
         if not math.isfinite(loss.item() + size):
@@ -99,7 +104,11 @@ class ImplicitWindow(Window):
         through = system.pulled_back(found.value)
         return loss, {n: part + through[n] for n, part in direct.items()}
 
-    def _present(self) -> Linearised:
+    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
+        """The weights that E is taken at, which the model holds within."""
+        return nullcontext(self.params)
+
+    def _present(self, params: Sequence[Tensor]) -> Linearised:
         """Return the step to differentiate: the last one."""
         assert self._linearised is not None
         return self._linearised
@@ -117,28 +126,48 @@ class ImplicitWindow(Window):
 
 
 class LiveImplicitWindow(ImplicitWindow):
-    """Training steps on the live weights; what is differentiated is a step along `inner_loss`."""
+    """Training steps on the live weights; what is differentiated is a step along `inner_loss`.
+
+    With an average β that is a step from the averaged weights w̄, at which E is taken too.
+    """
+
+    def __init__(self, engine: "Implicit", training: Training, carried: Carried | None) -> None:
+        super().__init__(engine, training, carried)
+        self._average: Average | None = None
+        if engine.average is not None:
+            self._average = Average(engine.average, self.params, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Make the step by the optimizer itself."""
         self._transition = step.transition
         self._before = [p.detach().clone() for p in self.params]
         step.make(None)
+        if self._average is not None:
+            self._average.update(self.params)
 
-    def _present(self) -> Linearised:
-        """Return a step from where the weights are now, along the engine's own loss."""
+    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
+        """The last weights, or w̄."""
+        if self._average is None:
+            return super()._weights()
+        return self._average.in_place_of(self.params, self.training.slots)
+
+    def _present(self, params: Sequence[Tensor]) -> Linearised:
+        """Return a step from these weights, along the engine's own loss."""
         assert self._engine.inner_loss is not None
-        self._state = State.of(self.training.optimizer)
+        self._state = State(list(params), State.of(self.training.optimizer).buffers)
         return self._at(self._engine.inner_loss())
 
     def close(self) -> Carried | None:
-        """Let v go on; nothing is to be handed back."""
-        return self._carried()
+        """Let v go on, and w̄ where the next window begins at the same weights."""
+        carried = self._carried() or {}
+        if self._average is not None and self.training.is_contiguous:
+            carried |= self._average.carried()
+        return carried or None
 
 
 def _displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂, over the weights that train."""
-    pairs = [(w, p) for w, p in zip(after, before, strict=True) if p.requires_grad]
+    pairs = [(w, p) for w, p in zip(after, before, strict=True) if w.requires_grad]
     with torch.no_grad():
         return _length([w - p for w, p in pairs]) / (_length([p for _, p in pairs]) or 1.0)
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn, optim
 
 import hypertorch
 from hypertorch import (
+    ArgumentError,
     ArgumentTypeError,
     ConjugateGradient,
     FixedPoint,
@@ -184,6 +185,49 @@ def test_the_loss_of_all_data_in_place_of_the_mini_batchs():
     found = optimizer.hypergradients["weight_decay"].item()
     assert found == pytest.approx(ridge.slope(w), rel=1e-10)
     assert optimizer.cost == 1 + 1 + 2 * engine.last.products + 1
+
+
+@pytest.mark.parametrize("update_every", [3, 4])
+def test_averaged_weights_in_place_of_the_last(update_every):
+    """w̄ by its weights βᵏ, E and the system there; where windows follow each other it goes on."""
+    ridge, path = Ridge(at_rest=False), []
+    engine = Implicit(ConjugateGradient(rtol=1e-13), inner_loss=ridge.inner, average=0.6)
+    rhythm = {"window": 3, "update_every": update_every}
+    optimizer = HyperOptimizer(
+        ridge.bare,
+        ridge.model,
+        ridge.outer,
+        learn="weight_decay",
+        outer=STILL,
+        engine=engine,
+        **rhythm,
+    )
+    for k in range(update_every + 3):
+        optimizer.zero_grad()
+        ridge.inner(slice(6 * k, 6 * k + 6)).backward()
+        optimizer.step()
+        path.append(ridge.model.weight.detach().clone().squeeze(0))
+    seen = path if update_every == 3 else path[-3:]
+    shares = 0.6 ** torch.arange(len(seen), **F64).flip(0)
+    average = (shares @ torch.stack(seen)) / shares.sum()
+    found = optimizer.hypergradients["weight_decay"].item()
+    assert found == pytest.approx(ridge.slope(average), rel=1e-10)
+    assert found != pytest.approx(ridge.slope(path[-1]), rel=1e-2)
+    assert torch.equal(ridge.model.weight.squeeze(0), path[-1])
+    assert ridge.model.weight.requires_grad and isinstance(ridge.model.weight, nn.Parameter)
+    moved = ((path[-1] - path[-2]).norm() / path[-2].norm()).item()
+    assert engine.last.displacement == pytest.approx(moved, rel=1e-10)
+
+
+@pytest.mark.parametrize("average", [-0.1, 1.0, 1.5])
+def test_an_average_out_of_its_range_is_refused(average):
+    with pytest.raises(ArgumentError, match="`average` of Implicit must be at least 0 and below 1"):
+        Implicit(inner_loss=len, average=average)
+
+
+def test_an_average_without_a_loss_to_take_there_is_refused():
+    with pytest.raises(ArgumentError, match="`average` of Implicit needs an `inner_loss`"):
+        Implicit(average=0.9)
 
 
 def test_only_the_last_step_of_a_window_counts():
@@ -553,9 +597,8 @@ class Mean:
 
 def test_what_the_engine_is_called():
     assert repr(Implicit()).startswith("Implicit(NormalConjugateGradient(")
-    assert repr(Implicit(FixedPoint(), inner_loss=len, warm_start=False)).endswith(
-        "), inner_loss=…, warm_start=False)"
-    )
+    engine = Implicit(FixedPoint(), inner_loss=len, average=0.9, warm_start=False)
+    assert repr(engine).endswith("), inner_loss=…, average=0.9, warm_start=False)")
 
 
 # Against a package that shares none of our code.

@@ -60,11 +60,12 @@ class Digits:
         x, y = self.validation
         return calibrated_cross_entropy(self.model(x), y)
 
-    def implicit(self):
-        return Implicit(Lanczos(max_steps=4), inner_loss=self.loss)
+    def implicit(self, average=None):
+        return Implicit(Lanczos(max_steps=4), inner_loss=self.loss, average=average)
 
-    def both(self):
-        return PerHyperparameter({"lr": FirstOrder(), "weight_decay": self.implicit()})
+    def both(self, average=None):
+        engines = {"lr": FirstOrder(average), "weight_decay": self.implicit(average)}
+        return PerHyperparameter(engines)
 
     def wrapped(self, engine, **options):
         options = {"window": 3, "update_every": 4, "outer": STILL} | options
@@ -80,14 +81,14 @@ class Digits:
             optimizer.step()
 
 
-@pytest.mark.parametrize("average", [None, 0.5])
+@pytest.mark.parametrize("averages", [(None, None), (0.5, None), (0.5, 0.5), (0.5, 0.7)])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
-def test_each_number_is_that_of_its_engine_alone(kind, average):
+def test_each_number_is_that_of_its_engine_alone(kind, averages):
     found = {}
     for name in ("lr", "weight_decay", "both"):
         task = Digits()
         task.bare = getattr(torch.optim, kind)(task.model.parameters(), lr=0.03, weight_decay=0.02)
-        engines = {"lr": FirstOrder(average), "weight_decay": task.implicit()}
+        engines = {"lr": FirstOrder(averages[0]), "weight_decay": task.implicit(averages[1])}
         engine = PerHyperparameter(engines) if name == "both" else engines[name]
         learn = ("lr", "weight_decay") if name == "both" else (name,)
         optimizer = task.wrapped(engine, learn=learn)
@@ -125,16 +126,18 @@ def test_the_weights_train_as_they_would_without():
     assert optimizer.hypergradients["lr"].abs() > 0
 
 
-def test_it_learns_and_resumes_to_the_bit():
-    runs = []
+@pytest.mark.parametrize("rhythm", [{}, {"window": 3, "update_every": 3}])
+def test_it_learns_and_resumes_to_the_bit(rhythm):
+    """Where windows follow each other the average goes on."""
+    runs, average = [], 0.6 if rhythm else None
     for stops in (False, True):
         task = Digits()
-        optimizer = task.wrapped(task.both(), outer=hypertorch.GatedSign)
+        optimizer = task.wrapped(task.both(average), outer=hypertorch.GatedSign, **rhythm)
         task.train(optimizer, 6)
         state = copy.deepcopy((task.model.state_dict(), optimizer.state_dict()))
         if stops:
             task = Digits()
-            optimizer = task.wrapped(task.both(), outer=hypertorch.GatedSign)
+            optimizer = task.wrapped(task.both(average), outer=hypertorch.GatedSign, **rhythm)
             task.model.load_state_dict(state[0])
             optimizer.load_state_dict(state[1])
         task.train(optimizer, 9, first=6)
@@ -147,13 +150,16 @@ def test_it_learns_and_resumes_to_the_bit():
     assert one.hyperparameters["weight_decay"]().item() != pytest.approx(0.02, rel=1e-3)
 
 
-@pytest.mark.parametrize(("average", "gradients_of_outer_loss"), [(None, 1), (0.5, 2)])
-def test_its_cost_is_what_each_engine_adds(average, gradients_of_outer_loss):
+@pytest.mark.parametrize(
+    ("averages", "gradients_of_outer_loss"),
+    [((None, None), 1), ((0.5, None), 2), ((0.5, 0.5), 1), ((0.5, 0.7), 2)],
+)
+def test_its_cost_is_what_each_engine_adds(averages, gradients_of_outer_loss):
     task = Digits()
     evaluations, outer = [], task.outer
     task.outer = lambda: evaluations.append(1) or outer()
-    implicit = task.implicit()
-    engine = PerHyperparameter({"lr": FirstOrder(average), "weight_decay": implicit})
+    implicit = task.implicit(averages[1])
+    engine = PerHyperparameter({"lr": FirstOrder(averages[0]), "weight_decay": implicit})
     optimizer = task.wrapped(engine)
     task.train(optimizer, 4)
     assert implicit.last.products > 1

@@ -1,0 +1,76 @@
+"""w̄_t = w̄_{t-1} + a_t (w_t − w̄_{t-1}), a_t = (1 − β) / (1 − βᵗ): weights without their noise."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..double_backward import TwiceDifferentiable
+from ..errors import ArgumentError
+from ..state import Slots
+from .engine import Carried
+
+
+def check_average(average: float | None, owner: str) -> None:
+    """Refuse a β out of its range.
+
+    Raises:
+        ArgumentError: says what β was.
+    """
+    if average is not None and not 0 <= average < 1:
+        raise ArgumentError(
+            f"`average` of {owner} must be at least 0 and below 1. Got {average!r}. "
+            "0.95 remembers about twenty steps; None takes the last weights."
+        )
+
+
+class Average:
+    """The exponential average w̄ of weights, which remembers about 1 / (1 − β) steps.
+
+    Args:
+        decay: β.
+        params: the weights, whose values do not count yet.
+        carried: the average to go on from, or a mapping without one.
+    """
+
+    def __init__(
+        self, decay: float, params: Sequence[Tensor], carried: Mapping[str, Any] | None
+    ) -> None:
+        self.decay, self.count = decay, 0
+        self.params = [p.detach().to(_wide(p), copy=True) for p in params]
+        if carried is not None and "average" in carried:
+            self.count = carried["count"]
+            self.params = [
+                w.to(p.device, copy=True) for w, p in zip(carried["average"], params, strict=True)
+            ]
+
+    @torch.no_grad()
+    def update(self, params: Sequence[Tensor]) -> float:
+        """Take in w_t; return a_t."""
+        self.count += 1
+        rate = (1 - self.decay) / (1 - self.decay**self.count)
+        torch._foreach_lerp_(self.params, [p.to(_wide(p)) for p in params], rate)
+        return rate
+
+    @contextmanager
+    def in_place_of(self, params: Sequence[Tensor], slots: Slots) -> Iterator[Sequence[Tensor]]:
+        """Yield w̄ as leaves, which the model holds meanwhile; frozen weights stay themselves."""
+        pairs = zip(self.params, params, strict=True)
+        leaves = [
+            w.to(p.dtype, copy=True).requires_grad_() if p.requires_grad else p for w, p in pairs
+        ]
+        with TwiceDifferentiable(slots.model).held():  # compiled for its own Parameters alone
+            try:
+                yield slots.fill(leaves)
+            finally:
+                slots.fill(slots.params)
+
+    def carried(self) -> Carried:
+        """Return what the next window needs."""
+        return {"average": self.params, "count": self.count}
+
+
+def _wide(param: Tensor) -> torch.dtype:
+    return torch.promote_types(param.dtype, torch.float32)
