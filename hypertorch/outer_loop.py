@@ -290,6 +290,11 @@ class OuterLoop:
         self.cut()
         self._carried = None
 
+    def skip_window(self) -> None:
+        """Go on with the plain steps of a period; the next window opens after them."""
+        self.position = self.window % self.update_every
+        self.get_ready()
+
     def losses(self) -> dict[str, Tensor]:
         """Return the losses of the latest outer update, as far as they are known."""
         found = {"loss/inner": self.inner_loss_value, "loss/outer": self.outer_loss_value}

@@ -5,8 +5,10 @@ import copy
 import pytest
 import torch
 from sklearn.datasets import load_digits
+from test_monitor import hparams, read
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.tensorboard import SummaryWriter
 
 import hypertorch
 from hypertorch import from_any_start
@@ -42,15 +44,15 @@ def network(seed=0):
     )
 
 
-def started(lr, weight_decay, kind="SGD"):
+def started(lr, weight_decay, kind="SGD", steps=STEPS, **options):
     model = network()
     momentum = {"momentum": 0.9} if kind == "SGD" else {}
     bare = getattr(torch.optim, kind)(
         model.parameters(), lr=lr, weight_decay=weight_decay, **momentum
     )
     train, validation = loaders()
-    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / STEPS)
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, steps, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / steps)
     return model, optimizer, scheduler, train
 
 
@@ -78,7 +80,7 @@ def test_from_every_start_the_run_is_the_same_to_the_bit(kind):
     found = []
     for lr, weight_decay in ((1e-6, 1e-6), (1e-3, 0.1), (10.0, 1e-4)):
         model, *loop = started(lr, weight_decay, kind)
-        run(model, *loop, steps=130)  # two outer updates
+        run(model, *loop, steps=230)  # two outer updates
         numbers = [h().item() for h in loop[0].hyperparameters.values()]
         found.append((numbers, [p.detach() for p in model.parameters()]))
     first, *others = found
@@ -99,7 +101,42 @@ def test_one_run_beats_one_with_the_starting_values():
     run(plain, bare, scheduler, loaders()[0], STEPS)
     assert learned > accuracy(plain) + 0.3
     assert optimizer.hyperparameters["weight_decay"]().item() != pytest.approx(start, rel=0.05)
-    assert optimizer.cost < 1.6 * STEPS  # trials are a large part of so short a run
+    assert optimizer.cost < 1.3 * STEPS  # trials are a large part of so short a run
+
+
+@pytest.mark.parametrize(("steps", "updates"), [(500, 3), (650, 6), (1000, 10)])
+def test_trials_and_updates_cost_fifteen_percent_at_most(steps, updates):
+    """Of an update every hundred steps, as many as that leaves room for."""
+    model, *loop = started(1e-4, 1e-4, steps=steps)
+    optimizer = loop[0]
+    trials = optimizer.cost
+    assert 30 < trials < 50
+    run(model, *loop, steps)
+    assert optimizer.cost == steps + trials + 10 * updates
+    assert optimizer.cost <= 1.15 * steps
+
+
+@pytest.mark.parametrize(
+    ("options", "first"), [({}, 101), ({"update_every": 70}, 70), ({"window": 100}, 101)]
+)
+def test_the_first_update_ends_the_first_period(options, first):
+    model, *loop = started(1e-4, 1e-4, **options)
+    optimizer = loop[0]
+    run(model, *loop, first - 1)
+    assert optimizer.hypergradients is None
+    run(model, *loop, 1)
+    assert optimizer.hypergradients["lr"].item() != 0
+
+
+def test_the_dashboard_says_where_learning_starts(tmp_path):
+    with SummaryWriter(tmp_path) as writer:
+        model, *loop = started(1e-6, 0.3, writer=writer)
+        start = loop[0].hyperparameters["lr"]().item()
+        run(model, *loop, 110)
+    session = hparams(read(tmp_path))["session_start_info"].session_start_info.hparams
+    assert session["initial lr"].number_value == pytest.approx(start)
+    assert session["update_every"].number_value == 101
+    assert start > 1e-3
 
 
 def test_batchnorm_finds_a_start_too():

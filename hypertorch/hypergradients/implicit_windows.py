@@ -140,7 +140,11 @@ class LiveImplicitWindow(ImplicitWindow):
     def step(self, step: TrainingStep) -> None:
         """Make the step by the optimizer itself."""
         self._transition = step.transition
-        self._before = [p.detach().clone() for p in self.params]
+        with torch.no_grad():
+            if self._before is self.params:
+                self._before = [p.clone() for p in self.params]
+            else:
+                torch._foreach_copy_(self._before, list(self.params))
         step.make(None)
         if self._average is not None:
             self._average.update(self.params)
