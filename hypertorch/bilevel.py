@@ -16,9 +16,9 @@ from torch import Tensor
 
 from .errors import SolverError
 from .hypergradients.linear_solvers import LinearSolver
-from .hypergradients.linear_system import dot
+from .hypergradients.linear_system import dot, length
 from .hyperparameters import Hyperparameter
-from .inner_problem import InnerProblem, InnerSolver, Loss, Minimizer, copy, length
+from .inner_problem import InnerProblem, InnerSolver, Loss, Minimizer, copy
 from .nested_problem import Costs, Evaluation, NestedProblem
 from .step_rules import Descent, Move, Published, StepRule
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, listed
 from .hyperparameters import Hyperparameter, number_of
+from .state import params_of
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
 PARTS = (
@@ -37,7 +38,7 @@ def check_checkpoint(
             f"The checkpoint has param groups of {sizes} parameters, and this optimizer of "
             f"{live_sizes}. Build the model and optimizer that wrote it."
         )
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     keys = [key for group in saved for key in group["params"]]
     for key, param in zip(keys, params, strict=True):
         _check_buffers(key, state_dict["state"].get(key, {}), param)

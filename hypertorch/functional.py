@@ -18,7 +18,7 @@ from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
-from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace
+from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace, params_of
 from .transition import Gradients
 
 
@@ -67,7 +67,7 @@ def hypergradient(
     optimizer.close()
     engine = engine or Unroll()
     bare, model = optimizer.optimizer, optimizer.model
-    params = [p for group in bare.param_groups for p in group["params"]]
+    params = params_of(bare)
     slots = Slots(model, params)
     training = Training(bare, slots, dynamics_of(bare), optimizer.hyperparameters)
     engine.check(training)
@@ -90,7 +90,7 @@ def _step(
 ) -> TrainingStep:
     """Return a step that is made as the wrapped optimizer makes it."""
     bare = optimizer.optimizer
-    params = [p for group in bare.param_groups for p in group["params"]]
+    params = params_of(bare)
 
     def make(grads: Gradients | None) -> None:
         for param, grad in zip(params, grads or (), strict=False):
@@ -119,7 +119,7 @@ def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
     """After, everything that training touches is as it was before."""
     bare, model = optimizer.optimizer, optimizer.model
     snapshot = Snapshot(bare, ModuleBuffers(model))
-    params = [p for group in bare.param_groups for p in group["params"]]
+    params = params_of(bare)
     grads = [p.grad for p in params]
     copies = [None if grad is None else grad.clone() for grad in grads]
     groups = [dict(group) for group in bare.param_groups]
@@ -131,7 +131,7 @@ def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
         finally:
             snapshot.restore(bare)
             for param, grad, copy in zip(params, grads, copies, strict=True):
-                param.grad = grad if grad is None else grad.copy_(copy)
+                param.grad = None if grad is None or copy is None else grad.copy_(copy)
             for group, before in zip(bare.param_groups, groups, strict=True):
                 group.clear()
                 group.update(before)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient
-from .hypergradients.linear_system import norm
+from .hypergradients.linear_system import length
 
 Loss = Callable[[], Tensor]
 
@@ -198,11 +198,6 @@ class _Search:
                 return
             self._end(after)
             before = after
-
-
-def length(tensors: Sequence[Tensor]) -> float:
-    """Return ‖·‖₂ over all entries of all tensors."""
-    return math.hypot(*(norm(t) for t in tensors))
 
 
 @torch.no_grad()

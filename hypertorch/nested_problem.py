@@ -14,8 +14,9 @@ from torch import Tensor
 
 from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient, LinearSolver
+from .hypergradients.linear_system import length
 from .hyperparameters import Hyperparameter
-from .inner_problem import Derivatives, InnerProblem, InnerSolver, Loss, Minimizer, length
+from .inner_problem import Derivatives, InnerProblem, InnerSolver, Loss, Minimizer
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from .inner_loss import checked_outer, guarded
 from .outer import OuterFactory, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
-from .state import ModuleBuffers, Slots, State
+from .state import ModuleBuffers, Slots, State, params_of
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
 _TRANSIENT = ("training", "_switches", "_open", "_finalizer", "_before")
@@ -91,12 +91,10 @@ class OuterLoop:
         self.get_ready()
 
     def _new_training(self) -> Training:
-        slots, is_contiguous = Slots(self.model, self._params()), self.window == self.update_every
+        slots = Slots(self.model, params_of(self.optimizer))
+        is_contiguous = self.window == self.update_every
         dynamics, hyperparameters = self.groups.dynamics, self.hyperparameters
         return Training(self.optimizer, slots, dynamics, hyperparameters, is_contiguous)
-
-    def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
 
     def _new_rule(self) -> torch.optim.Optimizer:
         return self._factory([h.raw for h in self.hyperparameters.values()])
@@ -121,7 +119,7 @@ class OuterLoop:
             self._before = self._versions(), ModuleBuffers(self.model)
 
     def _versions(self) -> list[int]:
-        return [p._version for p in self._params()]
+        return [p._version for p in params_of(self.optimizer)]
 
     def see_to_snapshot(self) -> None:
         """See that there is a state to roll back to, and no old one where windows never open.
@@ -189,7 +187,7 @@ class OuterLoop:
                 HypertorchWarning,
                 stacklevel=5,
             )
-        trainable = [p for p in self._params() if p.requires_grad]
+        trainable = [p for p in params_of(self.optimizer) if p.requires_grad]
         for param, grad in zip(trainable, found, strict=False):
             param.grad = grad
         return True
@@ -273,7 +271,7 @@ class OuterLoop:
         """Take in the param group that was added last; the outer rule starts afresh."""
         self.groups.add_group(additions)
         self.training = self._new_training()
-        place(self.hyperparameters.values(), self._params()[0])
+        place(self.hyperparameters.values(), params_of(self.optimizer)[0])
         self.settings_were_set()
 
     def restart(self) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
 from .hyperparameters import Hyperparameter, Setting, number_of
-from .state import HOST_BUFFERS, State, set_state
+from .state import HOST_BUFFERS, State, params_of, set_state
 from .transition import Transition
 
 
@@ -196,7 +196,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
     for group, own in zip(optimizer.param_groups, held, strict=True):
         group.update(own)
     keys = [key for group in state_dict["param_groups"] for key in group["params"]]
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for key, param in zip(keys, params, strict=True):
         for name, value in state_dict["state"].get(key, {}).items():
             if name in HOST_BUFFERS and isinstance(value, Tensor):

@@ -27,6 +27,11 @@ _NOT_IN_A_WINDOW = (
 )
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters of all param groups, in order: how everything here counts them."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
 @dataclass(frozen=True)
 class State:
     """s = (params, buffers of the optimizer), one entry per parameter, in the optimizer's order.
@@ -42,7 +47,7 @@ class State:
     @classmethod
     def of(cls, optimizer: torch.optim.Optimizer) -> "State":
         """Return the live tensors themselves, not copies."""
-        params = [p for group in optimizer.param_groups for p in group["params"]]
+        params = params_of(optimizer)
         return cls(params, [dict(optimizer.state.get(p, {})) for p in params])
 
     def parts(self) -> "Parts":
@@ -193,7 +198,7 @@ def _fast(tensor: Tensor, live: Tensor) -> Tensor:
 
 def set_state(optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[str, Any]]) -> None:
     """Give a live optimizer its buffers, parameter by parameter, cut from the graph."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    params = params_of(optimizer)
     for param, state in zip(params, buffers, strict=True):
         if state:
             optimizer.state[param] = {k: _settled(k, v) for k, v in state.items()}
@@ -223,7 +228,7 @@ class Snapshot:
 
     def __init__(self, optimizer: torch.optim.Optimizer, module_buffers: "ModuleBuffers") -> None:
         self.state = State.of(optimizer).copied()
-        self._params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._params = params_of(optimizer)
         self._module_buffers = module_buffers
 
     def restore(self, optimizer: torch.optim.Optimizer) -> None:

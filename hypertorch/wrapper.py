@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .errors import WindowError
+from .state import params_of
 
 
 class OptimizerWrapper(torch.optim.Optimizer):
@@ -60,7 +61,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
         self.optimizer.defaults = value
 
     def _params(self) -> list[Tensor]:
-        return [p for group in self.optimizer.param_groups for p in group["params"]]
+        return params_of(self.optimizer)
 
     def _wrapped_step(self) -> None:
         """Call the wrapped step without its hooks: the wrapper's own step has run them."""
@@ -69,7 +70,7 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     def _gradients(self) -> list[Tensor | None]:
         """Return the gradients to step along, of which there must be one."""
-        grads = [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+        grads = [p.grad for p in self._params()]
         if all(grad is None for grad in grads):
             raise WindowError(
                 "There is no gradient to step along. Pass the loss, `step(loss)`, or call "

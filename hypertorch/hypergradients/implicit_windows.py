@@ -13,7 +13,7 @@ from ..state import State, set_state
 from ..transition import Linearised, Transition
 from .averages import Average
 from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
-from .linear_system import norm
+from .linear_system import length
 
 if TYPE_CHECKING:
     from .implicit import Implicit
@@ -89,7 +89,7 @@ class ImplicitWindow(Window):
             )
             system = self._engine.system(self._present(params))
         rhs = system.rhs(at_weights)
-        size = _length(rhs)
+        size = length(rhs)
         if not math.isfinite(loss.item() + size):
             return loss, {n: torch.full_like(v, math.nan) for n, v in values.items()}
         found = self._engine.solve(system, rhs, self._adjoint)
@@ -173,9 +173,4 @@ def _displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
     """Return ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂, over the weights that train."""
     pairs = [(w, p) for w, p in zip(after, before, strict=True) if w.requires_grad]
     with torch.no_grad():
-        return _length([w - p for w, p in pairs]) / (_length([p for _, p in pairs]) or 1.0)
-
-
-def _length(tensors: Sequence[Tensor]) -> float:
-    """Return ‖·‖₂ over all entries of all tensors."""
-    return math.hypot(*(norm(t) for t in tensors))
+        return length([w - p for w, p in pairs]) / (length([p for _, p in pairs]) or 1.0)

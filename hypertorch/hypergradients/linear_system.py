@@ -4,7 +4,7 @@ M is a function; the entries of all tensors together are one vector of R^n.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,11 @@ def dot(x: Tensor, y: Tensor) -> float:
 def norm(x: Tensor) -> float:
     """Return ‖x‖₂, likewise."""
     return torch.linalg.vector_norm(x, dtype=torch.float64).item()
+
+
+def length(tensors: Iterable[Tensor]) -> float:
+    """Return ‖·‖₂ over all entries of all tensors."""
+    return math.hypot(*(norm(t) for t in tensors))
 
 
 def finite(number: float, system: System) -> float:
