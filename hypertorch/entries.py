@@ -79,6 +79,13 @@ def entries(value: Tensor) -> Tensor:
     return value
 
 
+def ordinary(value: Tensor) -> Tensor:
+    """Return `value`, the same leaf: what `entries` made of it is undone."""
+    if isinstance(value, Entries):
+        value.__class__ = Tensor
+    return value
+
+
 class _Gather(torch.autograd.Function):
     """v ↦ v[rows]."""
 

@@ -74,6 +74,7 @@ def hypergradient(
     with as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
         groups = LearnedGroups(bare, training.settings)
         groups.start()
+        engine.prepare(training)
         window = engine.open(training)
         try:
             for inner_loss in inner_losses:
@@ -123,6 +124,7 @@ def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
     grads = [p.grad for p in params]
     copies = [None if grad is None else grad.clone() for grad in grads]
     groups = [dict(group) for group in bare.param_groups]
+    expected = [(h, h.is_indexed) for h in optimizer.hyperparameters.values()]
     with leaving_no_trace(model):
         try:
             for param in params:
@@ -135,3 +137,5 @@ def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
             for group, before in zip(bare.param_groups, groups, strict=True):
                 group.clear()
                 group.update(before)
+            for h, is_indexed in expected:
+                h.expect_rows(is_indexed)

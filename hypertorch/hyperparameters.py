@@ -22,7 +22,7 @@ from .constraints import (
     to_raw,
     to_value,
 )
-from .entries import entries
+from .entries import entries, ordinary
 from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, did_you_mean, listed
 
 GRANULARITIES = ("shared", "group", "tensor", "element")
@@ -114,10 +114,10 @@ class Hyperparameter:
         value = value.clone() if value is raw else value
         self.value = (entries(value) if self.is_indexed else value).requires_grad_()
 
-    def expect_rows(self) -> None:
-        """Let λ, if it is many numbers, be differentiated where it is indexed alone."""
-        self.is_indexed = True
-        entries(self.value)
+    def expect_rows(self, expected: bool = True) -> None:
+        """Let λ, if it is many numbers, be differentiated where it is indexed alone, or no more."""
+        self.is_indexed = expected
+        (entries if expected else ordinary)(self.value)
 
     def __call__(self) -> Tensor:
         """Return λ, a leaf tensor with `requires_grad`."""

@@ -77,7 +77,9 @@ class OuterLoop:
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
         self.inner_loss_value: Tensor | None = None
-        self.engine.check(self._new_training())
+        training = self._new_training()
+        self.engine.check(training)
+        self.engine.prepare(training)
         self.rule = self._new_rule()
         self.groups.start()
         self._attach()

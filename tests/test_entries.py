@@ -131,6 +131,33 @@ def test_training_is_what_it_is_without(constraint, start):
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-13)
 
 
+def test_the_functional_form_leaves_a_vector_the_leaf_that_it_was():
+    model, (x, y) = mlp(), batches(1)[0]
+    seen = []
+    for engine, kind in ((None, torch.Tensor), (Replay(), torch.Tensor), (Unroll(), Entries)):
+        learns = {"engine": engine} if engine else {"outer": None}
+        optimizer, example_weights = wrapped(model, **learns)
+        before = example_weights()
+        assert type(before) is kind
+
+        def loss(example_weights=example_weights):
+            seen.append(type(example_weights()))
+            return inner(model, example_weights, x, y, rows_of(0))
+
+        found = hypertorch.hypergradient(optimizer, [loss] * 2, loss, Unroll())
+        assert found["weights"].count_nonzero() == len(rows_of(0).unique())
+        assert example_weights() is before and type(before) is kind
+        example_weights.refresh()
+        assert type(example_weights()) is kind
+    assert set(seen) == {Entries}
+
+
+def test_a_check_changes_nothing():
+    optimizer, example_weights = wrapped(mlp(), engine=Replay())
+    Unroll().check(optimizer._loop.training)
+    assert type(example_weights()) is torch.Tensor
+
+
 def test_the_hypergradient_of_a_window_agrees_with_central_differences():
     model, data = mlp(), batches(3)
     optimizer, example_weights = wrapped(model, outer=None)

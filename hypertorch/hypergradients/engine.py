@@ -174,9 +174,15 @@ class Engine(ABC):
     def check(self, training: Training) -> None:
         """Raise if a hyperparameter, Φ or model cannot be differentiated by this method.
 
+        Nothing is changed.
+
         Raises:
             UnsupportedError: names it, and an engine that can.
         """
+        return None
+
+    def prepare(self, training: Training) -> None:
+        """Set up what is learned for windows to come, before the losses that use it."""
         return None
 
     @abstractmethod

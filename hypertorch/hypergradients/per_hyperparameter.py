@@ -107,6 +107,11 @@ class PerHyperparameter(Engine):
                     'other engines see one number per group. Learn it per "group", or "shared".'
                 )
 
+    def prepare(self, training: Training) -> None:
+        """Let each engine set up what it learns."""
+        for engine, own in self._shares(training):
+            engine.prepare(own)
+
     def _shares(self, training: Training) -> list[tuple[Engine, Training]]:
         """Return each engine once, with what it learns."""
         found = []

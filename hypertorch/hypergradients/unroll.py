@@ -45,7 +45,7 @@ class Unroll(Engine):
     needs = "loss"
     runs_outer_loss_alone = True
 
-    def check(self, training: Training) -> None:
+    def prepare(self, training: Training) -> None:
         """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
         for h in training.in_loss.values():
             h.expect_rows()
