@@ -18,6 +18,7 @@ from .errors import ArgumentError
 __all__ = [
     "BOUNDARY_MARGIN",
     "Constraint",
+    "bounds_of",
     "interval",
     "is_elementwise",
     "just_inside",
@@ -73,6 +74,16 @@ def is_elementwise(constraint: Constraint) -> bool:
     return cast(int, biject_to(constraint).codomain.event_dim) == 0
 
 
+def bounds_of(constraint: Constraint) -> tuple[float, float]:
+    """Return what each number of λ lies between: on a simplex 0 and 1, where there is none ±∞."""
+    if isinstance(constraint, constraints.independent):
+        return bounds_of(constraint.base_constraint)
+    if isinstance(constraint, type(simplex)):
+        return 0.0, 1.0
+    lower = float(getattr(constraint, "lower_bound", -math.inf))
+    return lower, float(getattr(constraint, "upper_bound", math.inf))
+
+
 def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:
     """Return `value`, moved just inside `constraint` where it lies on the boundary.
 
@@ -88,8 +99,7 @@ def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:
         raise ArgumentError(f"`{name}` must be finite. Got {value.tolist()}.")
     if constraint is simplex:
         return _inside_simplex(value, name)
-    lower = float(getattr(constraint, "lower_bound", -math.inf))
-    upper = float(getattr(constraint, "upper_bound", math.inf))
+    lower, upper = bounds_of(constraint)
     if bool(((value < lower) | (value > upper)).any()):
         raise ArgumentError(
             f"`{name}` lies outside its set. Got {value.tolist()}, "

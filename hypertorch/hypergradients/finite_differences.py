@@ -3,11 +3,14 @@
 Each E is the end of a whole window of training steps made again. Nothing here differentiates Φ.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
-from ..constraints import real
+from ..constraints import bounds_of, real
 from ..errors import ArgumentError, UnsupportedError
+from ..hyperparameters import Hyperparameter
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep
 from .recording import Recording
 
@@ -17,11 +20,15 @@ class FiniteDifferences(Engine):
 
     The error is O(ε²) where E is smooth in λ, plus rounding of about 1e-16 |E| / ε: with the
     default ε about 1e-9 of E. Across a kink (a ReLU that switches, a sign that flips) it is wrong
-    by a finite amount. It needs closures, and float64 weights. λ is always moved inside its
-    constraint.
+    by a finite amount. It needs closures, and float64 weights.
+
+    λ_j is always moved inside its constraint: ε is at most half of its distance from the nearer
+    bound, and rounding counts for more there. On a simplex these are 0 and 1, and the others stay:
+    their sum is 1 ± ε. In a set without bounds for each number, other than `real`, λ_j keeps its
+    sign.
 
     Args:
-        step: ε, in λ's units; at most half of a λ that must keep its sign.
+        step: ε, in λ's units.
         entries: of each hyperparameter at most so many, spread evenly; the others are NaN. `None`,
             the default: all.
 
@@ -84,6 +91,7 @@ class DifferencedWindow(LiveWindow):
 
         Raises:
             WindowError: a closure is not replayable.
+            UnsupportedError: a λ_j is at its bound, to rounding.
         """
         try:
             value = outer_loss().detach()
@@ -126,18 +134,39 @@ def central_difference(
         recording: of the window.
         name: of the hyperparameter.
         j: the position in it, flattened.
-        difference: ε, at most half of a λ that lives in a bounded set.
+        difference: ε, at most half of what λ_j is away from a bound.
         outer_loss: computes E.
+
+    Raises:
+        UnsupportedError: λ_j is at its bound, to rounding.
     """
     h = recording.training.hyperparameters[name]
-    value = h.value.detach()
-    room = difference if h.constraint is real else value.flatten()[j].abs().item() / 2
-    epsilon = min(difference, room or difference)
-    ends = []
-    for sign in (1, -1):
+    value, ends = h.value.detach(), []
+    places = either_side(value.flatten()[j].item(), difference, h)
+    for place in places:
         moved = value.clone()
-        moved.view(-1)[j] += sign * epsilon
+        moved.view(-1)[j] = place
         moved.requires_grad_()
         state = recording.rerun({name: moved})
         ends.append(recording.outer_loss_at(state, outer_loss, {name: moved}))
-    return (ends[0] - ends[1]) / (2 * epsilon)
+    return (ends[0] - ends[1]) / (places[0] - places[1])
+
+
+def either_side(number: float, difference: float, h: Hyperparameter) -> tuple[float, float]:
+    """Return a number above λ_j and one below, both inside its constraint.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    lower, upper = bounds_of(h.constraint)
+    room = min(number - lower, upper - number)
+    if math.isinf(room) and not isinstance(h.constraint, type(real)):
+        room = abs(number) or math.inf
+    epsilon = min(difference, room / 2)
+    above, below = number + epsilon, number - epsilon
+    if not lower < below < above < upper:
+        raise UnsupportedError(
+            f"`FiniteDifferences` cannot move `{h.name}` inside its set: {number!r} is at a bound, "
+            "to rounding. Start it farther inside, or use `Unroll`."
+        )
+    return above, below
