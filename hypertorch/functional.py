@@ -49,7 +49,7 @@ def hypergradient(
         UnsupportedError: the engine cannot do this, and which one can.
         WindowError: a loss does not depend on the model's weights.
 
-    Cost: `engine.cost(K, …)` training steps, and one copy of the state.
+    Cost: `engine.cost(K, …)` training steps or so, and one copy of the state.
 
     Example:
         >>> from functools import partial

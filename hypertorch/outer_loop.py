@@ -217,9 +217,9 @@ class OuterLoop:
         except BaseException:
             self.close()
             raise
-        losses, horizon = self._losses, self._steps_in_window
+        losses, horizon, unforeseen = self._losses, self._steps_in_window, self._open[0].unforeseen
         self.close()
-        self.overhead += self.engine.cost(horizon, self.training) - horizon
+        self.overhead += self.engine.cost(horizon, self.training) + unforeseen - horizon
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
         self.inner_loss_value = torch.stack(losses).mean() if losses else None
         self._move(hypergradients)

@@ -110,10 +110,13 @@ class Window(ABC):
 
     Attributes:
         params: the weights as the model holds them now.
+        unforeseen: what its hypergradient cost beyond what `Engine.cost` says, in plain training
+            steps; negative where it cost less.
     """
 
     def __init__(self, training: Training) -> None:
         self.training = training
+        self.unforeseen = 0.0
         self.params: list[Tensor] = list(training.slots.params)
         self._versions: list[int] = []
         self.follow()
@@ -197,6 +200,9 @@ class Engine(ABC):
     @abstractmethod
     def cost(self, horizon: int, training: Training) -> float:
         """Return what a window of `horizon` steps costs, in plain training steps.
+
+        It is known beforehand, and a function of its arguments alone; what only the window can
+        know is its `unforeseen`.
 
         Args:
             horizon: K, the number of steps in the window.

@@ -84,7 +84,8 @@ class Implicit(Engine):
             Mini-batches need that: their v is the variance of a gradient whose mean is small.
 
     Attributes:
-        last: of the latest hypergradient, a `Report`; `None` before.
+        last: of the latest hypergradient, a `Report`; `None` before. Of several optimizers that
+            share the engine, it is the latest one's.
 
     Raises:
         ArgumentError: an argument is not what it should be.
@@ -190,13 +191,12 @@ class Implicit(Engine):
         return kind(self, training, carried)
 
     def cost(self, horizon: int, training: Training) -> float:
-        """Return K + 1 + 2 products, with the products of the latest window.
+        """Return K + 1 + 2 products, as if the solver took `max_steps` of them.
 
-        Before there was one, as many as `solver.max_steps`. A gradient of `inner_loss` is counted
-        as one, and Bᵀ v of what is in the loss as one product more.
+        How many it took, a window counts. A gradient of `inner_loss` is counted as one, and Bᵀ v of
+        what is in the loss as one product more.
         """
-        products = self.solver.max_steps if self.last is None else self.last.products
-        products += bool(training.in_loss)
+        products = self.solver.max_steps + bool(training.in_loss)
         return horizon + 1 + 2 * products + (self.inner_loss is not None)
 
     def system(self, linearised: Linearised) -> Stationarity:

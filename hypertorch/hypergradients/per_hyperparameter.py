@@ -81,7 +81,6 @@ class PerHyperparameter(Engine):
                     "steps itself. Use `FirstOrder()`, or `Implicit(…, inner_loss=…)`."
                 )
         self.engines = dict(engines)
-        self._spared = 0  # gradients of E, in the latest window
         self.differentiates_twice = any(e.differentiates_twice for e in engines.values())
 
     def check(self, training: Training) -> None:
@@ -126,12 +125,12 @@ class PerHyperparameter(Engine):
         shares = self._shares(training)
         parts = (carried or {}).get("parts") or [None] * len(shares)
         windows = [engine.open(own, c) for (engine, own), c in zip(shares, parts, strict=True)]
-        return SharedWindow(self, training, windows)
+        return SharedWindow(training, windows)
 
     def cost(self, horizon: int, training: Training) -> float:
-        """Return K + Σ (what each engine adds)."""
+        """Return K + Σ (what each engine adds), as if each took E's gradient for itself."""
         added = [engine.cost(horizon, own) - horizon for engine, own in self._shares(training)]
-        return horizon + sum(added) - self._spared
+        return horizon + sum(added)
 
     def __repr__(self) -> str:
         return f"PerHyperparameter({self.engines!r})"
@@ -141,16 +140,13 @@ class SharedWindow(LiveWindow):
     """Live steps that several windows see.
 
     Args:
-        engine: that opened it.
         training: what is trained and learned.
         windows: one per engine, at the same state.
     """
 
-    def __init__(
-        self, engine: PerHyperparameter, training: Training, windows: Sequence[Window]
-    ) -> None:
+    def __init__(self, training: Training, windows: Sequence[Window]) -> None:
         super().__init__(training)
-        self._engine, self._windows = engine, list(windows)
+        self._windows = list(windows)
 
     def step(self, step: TrainingStep) -> None:
         """Let each window see the step before it is made, and again after, by nesting them."""
@@ -177,7 +173,7 @@ class SharedWindow(LiveWindow):
         for window in self._windows:
             loss, own = window.hypergradient(once)
             found.update(own)
-        self._engine._spared = once.spared
+        self.unforeseen = sum(window.unforeseen for window in self._windows) - once.spared
         return loss, {name: found[name] for name in self.training.hyperparameters}
 
     def close(self) -> Carried | None:

@@ -187,6 +187,21 @@ def test_the_loss_of_all_data_in_place_of_the_mini_batchs():
     assert optimizer.cost == 1 + 1 + 2 * engine.last.products + 1
 
 
+def test_what_a_window_cost_is_not_said_of_the_next():
+    """One engine of two optimizers: each is told its own cost, and the engine's own stays."""
+    engine = Implicit(ConjugateGradient(max_steps=40))
+    ridges, products = (Ridge(), Ridge(n=30)), []
+    optimizers = [r.wrapped(update_every=1, engine=engine, outer=STILL) for r in ridges]
+    costs = [engine.cost(3, optimizers[0]._loop.training)]
+    for ridge, optimizer in zip(ridges, optimizers, strict=True):
+        optimizer.step(ridge.inner())
+        products.append(engine.last.products)
+        costs.append(engine.cost(3, optimizers[0]._loop.training))
+    assert products[0] != products[1]
+    assert [o.cost for o in optimizers] == [1 + 1 + 2 * count for count in products]
+    assert costs == [3 + 1 + 2 * 40] * 3
+
+
 @pytest.mark.parametrize("update_every", [3, 4])
 def test_averaged_weights_in_place_of_the_last(update_every):
     """w̄ by its weights βᵏ, E and the system there; where windows follow each other it goes on."""

@@ -161,7 +161,11 @@ def test_its_cost_is_what_each_engine_adds(averages, gradients_of_outer_loss):
     implicit = task.implicit(averages[1])
     engine = PerHyperparameter({"lr": FirstOrder(averages[0]), "weight_decay": implicit})
     optimizer = task.wrapped(engine)
+    training = optimizer._loop.training
+    beforehand = engine.cost(4, training)
+    assert beforehand == 4 + 1 + 1 + 2 * 4 + 1  # each its own gradient of E, and all products
     task.train(optimizer, 4)
+    assert engine.cost(4, training) == beforehand
     assert implicit.last.products > 1
     # E's gradient, once at the same weights; that of the own loss; and the products
     assert len(evaluations) == gradients_of_outer_loss
