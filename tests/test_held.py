@@ -9,7 +9,16 @@ import torch
 from support import assert_identical, batches, learned, mlp, mse, weights
 
 import hypertorch
-from hypertorch import CheckpointError, HyperOptimizer, Hyperparameter
+from hypertorch import (
+    CheckpointError,
+    FirstOrder,
+    HyperOptimizer,
+    Hyperparameter,
+    OneStep,
+    Replay,
+    Unroll,
+    UnsupportedError,
+)
 
 
 class Run:
@@ -107,3 +116,22 @@ def test_what_does_not_fit_is_refused_and_touches_nothing(held_sgd, rate, found)
     )
     assert_identical(before, learned(run.optimizer))
     assert run.is_whole and run.momentum().item() == 0.5
+
+
+def test_first_order_says_that_a_param_group_holds_it(held_sgd):
+    """And the engines that it names instead agree with each other."""
+    with pytest.raises(UnsupportedError) as raised:
+        Run(held_sgd, engine=FirstOrder())
+    assert str(raised.value) == (
+        "`FirstOrder` cannot learn `eta`: a param group holds it, and tangents are of what is a "
+        "number there. Use `OneStep`, `Unroll` or `Replay`."
+    )
+    run, (x, y) = Run(held_sgd, outer=None), batches(1)[0]
+
+    def loss():
+        return mse(run.model(x), y)
+
+    engines = OneStep(), Unroll(), Replay()
+    found = [hypertorch.hypergradient(run.optimizer, [loss], loss, engine) for engine in engines]
+    for other in found[1:]:
+        assert other["eta"].item() == pytest.approx(found[0]["eta"].item(), rel=1e-12) != 0

@@ -102,15 +102,18 @@ class FirstOrder(Engine):
         self._spare = Spare()
 
     def check(self, training: Training) -> None:
-        """Refuse hyperparameters of the loss, and a Φ that mixes weights.
+        """Refuse hyperparameters of the loss or in a param group, and a Φ that mixes weights.
 
         Raises:
             UnsupportedError: names it, and engines that can.
         """
+        held = training.in_dynamics
         for name in training.in_loss:
+            why = "it is in the loss, and acts on the weights through a second derivative"
+            if name in held:
+                why = "a param group holds it, and tangents are of what is a number there"
             raise UnsupportedError(
-                f"`FirstOrder` cannot learn `{name}`: it is in the loss, and acts on the weights "
-                "through a second derivative. Use `OneStep`, `Unroll` or `Replay`."
+                f"`FirstOrder` cannot learn `{name}`: {why}. Use `OneStep`, `Unroll` or `Replay`."
             )
         try:
             _check_pointwise(training)

@@ -233,7 +233,9 @@ def norm_sgd(param: Tensor, grad: Tensor, buffers: Any, *, lr: Any) -> tuple[Ten
 def test_hyperparameters_of_the_loss_are_refused_by_name() -> None:
     problem = Problem(optim.SGD, {"lr": 0.1})
     alpha = hypertorch.Hyperparameter(0.5, hypertorch.unit_interval, name="alpha")
-    with pytest.raises(hypertorch.UnsupportedError, match="`FirstOrder` cannot learn `alpha`"):
+    with pytest.raises(
+        hypertorch.UnsupportedError, match="`FirstOrder` cannot learn `alpha`: it is in the loss"
+    ):
         problem.wrapped(
             ("lr", alpha), outer_loss=problem.outer, engine=FirstOrder(), outer=optim.SGD
         )
