@@ -143,6 +143,7 @@ class HOAG:
 
     Raises:
         ArgumentError: no params, no hyperparameters, or two of one name.
+        UnsupportedError: `linear_solver` is `Lanczos`, which solves another system.
 
     Cost: per iteration the inner solver's gradients, one more with a graph, one outer gradient, and
     a Hessian product per step of the linear solver. Memory: one graph of h, and some fifty copies

@@ -12,8 +12,14 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, SolverError
-from .hypergradients.linear_solvers import ConjugateGradient, LinearSolver
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HypertorchWarning,
+    SolverError,
+    UnsupportedError,
+)
+from .hypergradients.linear_solvers import ConjugateGradient, Lanczos, LinearSolver
 from .hypergradients.linear_system import length
 from .hyperparameters import Hyperparameter
 from .inner_problem import Derivatives, InnerProblem, InnerSolver, Loss, Minimizer
@@ -65,6 +71,7 @@ class NestedProblem:
     Raises:
         ArgumentError: no params, no hyperparameters, or two of one name.
         ArgumentTypeError: a hyperparameter is not a `Hyperparameter`.
+        UnsupportedError: `linear_solver` is `Lanczos`, which solves another system.
     """
 
     def __init__(
@@ -84,6 +91,12 @@ class NestedProblem:
             h.to(self.inner.params[0].device, self.inner.params[0].dtype)
         self.inner_solver = inner_solver or Minimizer()
         self.linear_solver = linear_solver or ConjugateGradient()
+        if isinstance(self.linear_solver, Lanczos):
+            raise UnsupportedError(
+                "`HOAG` cannot use `Lanczos`: it returns an estimate of |H|⁻¹ ∂_w E, and not the v "
+                "of H v = ∂_w E to a tolerance. Use `ConjugateGradient` or "
+                "`NormalConjugateGradient`."
+            )
         self.adjoint: list[Tensor] | None = None  # v, from which the next system starts
         self.scale = scale
         self._outer_gradients = 0

@@ -20,9 +20,11 @@ from hypertorch import (
     FixedPoint,
     Hyperparameter,
     HypertorchWarning,
+    Lanczos,
     NormalConjugateGradient,
     Nystrom,
     SolverError,
+    UnsupportedError,
     positive,
     real,
     unit_interval,
@@ -657,6 +659,12 @@ REFUSED = {
         {"hyperparameters": [Hyperparameter(1.0, name="other")]},
         ArgumentError,
         "Neither loss depends on `other`. Call it inside the losses, anew each time",
+    ),
+    "a solver of another system": (
+        {"linear_solver": Lanczos(max_steps=50)},
+        UnsupportedError,
+        "`HOAG` cannot use `Lanczos`: it returns an estimate of |H|⁻¹ ∂_w E, and not the v of "
+        "H v = ∂_w E to a tolerance. Use `ConjugateGradient` or `NormalConjugateGradient`.",
     ),
 }  # fmt: skip
 

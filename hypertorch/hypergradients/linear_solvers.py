@@ -193,7 +193,8 @@ class Lanczos(LinearSolver):
     these are the steps of `ConjugateGradient`. Where it is not, as between the minima of a network,
     M⁻¹ would turn the directions of negative curvature round; |M|, with |eigenvalues|, does not. No
     eigenvalue of T counts for less than a hundredth of the largest. For a hypergradient online,
-    where the last digit of a noisy system is worth nothing; v starts from 0 always.
+    where the last digit of a noisy system is worth nothing; v starts from 0 always. `HOAG`, which
+    needs M⁻¹ b to a tolerance, refuses it.
 
     Cost: one product per step, `max_steps` vectors.
 
@@ -211,7 +212,16 @@ class Lanczos(LinearSolver):
         start: Sequence[Tensor] | None = None,
         transposed: Matvec | None = None,
     ) -> Solution:
-        """Return |M|⁻¹ b in the span; `start` does not count."""
+        """Return v ≈ |M|⁻¹ b in the span.
+
+        It solves M v = b only where all eigenvalues are positive and within a hundredfold;
+        `residual` and `converged` are of M v = b all the same.
+
+        Args:
+            matvec: v ↦ M v, symmetric.
+            rhs: b.
+            start, transposed: do not count.
+        """
         return super().solve(matvec, rhs, None, transposed)
 
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:

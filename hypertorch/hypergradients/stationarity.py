@@ -19,9 +19,10 @@ from ..transition import Gradients, Linearised
 _ADAMS = (adam.adam, adam.nadam, adam.radam)
 _TORCH_OWN = (*_ADAMS, sgd.sgd, rmsprop.rmsprop, adagrad.adagrad)
 
-#: Counters, and second moments: at g = 0 these do not matter, and √v has no derivative at 0.
-_SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum")
-_HELD = ("step", "mu_product", *_SECOND_MOMENTS)
+#: What the √v of each Φ is made of: second moments, and the mean whose square a centred one
+#: subtracts. At g = 0 these do not matter, and √v has no derivative at 0.
+_UNDER_THE_ROOT = ("exp_avg_sq", "max_exp_avg_sq", "square_avg", "grad_avg", "sum")
+_HELD = ("step", "mu_product", *_UNDER_THE_ROOT)
 
 #: t at which every bias correction 1 − βᵗ is 1: a Φ_t that moves with t has no fixed point.
 _END = 1e12
@@ -81,7 +82,7 @@ class OfState(Stationarity):
     """M = I − Aᵀ over weights and buffers, with A = ∂Φ/∂s: of any Φ, and not symmetric.
 
     What is held fixed: step counters, at a t where Adam's bias corrections have ended; and the
-    second moments of torch's adaptive Φ where g = 0 at rest. Where Adam's decay is decoupled, g is
+    √v of torch's adaptive Φ where g = 0 at rest. Where Adam's decay is decoupled, g is
     not: m is then taken at the g where it rests, and v as a function of w, g² where it rests.
     """
 
