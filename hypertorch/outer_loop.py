@@ -77,12 +77,11 @@ class OuterLoop:
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
         self.inner_loss_value: Tensor | None = None
-        training = self._new_training()
-        self.engine.check(training)
-        self.engine.prepare(training)
+        self.engine.check(self._new_training())
         self.rule = self._new_rule()
         self.groups.start()
         self._attach()
+        self.engine.prepare(self.training)
 
     def _attach(self) -> None:
         self.training = self._new_training()

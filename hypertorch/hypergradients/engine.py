@@ -185,7 +185,10 @@ class Engine(ABC):
         return None
 
     def prepare(self, training: Training) -> None:
-        """Set up what is learned for windows to come, before the losses that use it."""
+        """Tell what is learned what windows will ask of it, before the losses that use it.
+
+        `Hyperparameter.expect_rows` is all there is; the functional form takes it back.
+        """
         return None
 
     @abstractmethod
