@@ -13,12 +13,12 @@ from hypertorch.transition import Linearised
 
 def linearised(name, warm):
     """A step of a network after `warm` others, with λ in the optimizer and in the loss."""
-    model, alpha = mlp(), Hyperparameter(torch.rand(2) + 0.5, name="alpha")
+    model, alpha = mlp(), Hyperparameter(torch.rand(2) + 0.5, name="mix")
     bare = built(name, model)
-    learn = {"lr": "tensor", "weight_decay": "element", "alpha": alpha}
+    learn = {"lr": "tensor", "weight_decay": "element", "mix": alpha}
     hyperparameters = HyperOptimizer(bare, model, outer=None, learn=learn).hyperparameters
     train_plainly(model, bare, batches(warm))
-    settings = {k: h for k, h in hyperparameters.items() if k != "alpha"}
+    settings = {k: h for k, h in hyperparameters.items() if k != "mix"}
     groups = LearnedGroups(bare, settings)
     assert groups.dynamics is dynamics_of(bare)
     state = State.of(bare).map(lambda part: part.detach().clone().requires_grad_())
