@@ -208,7 +208,9 @@ class OuterLoop:
     def _update(self) -> None:
         """Differentiate the outer loss through the window, close it, and move ρ."""
         try:
-            outer_loss, hypergradients = self._differentiate()
+            with guarded(self.outer_loss, self.engine, self.model), torch.enable_grad():
+                checked = checked_outer(self.outer_loss, self.engine)
+                outer_loss, hypergradients = self._open[0].hypergradient(checked)
             self.safeguards.settle()
             self.safeguards.judge_update(outer_loss, hypergradients)
         except Diverged:
@@ -222,10 +224,6 @@ class OuterLoop:
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
         self.inner_loss_value = torch.stack(losses).mean() if losses else None
         self._move(hypergradients)
-
-    def _differentiate(self) -> tuple[Tensor, dict[str, Tensor]]:
-        with guarded(self.outer_loss, self.engine, self.model), torch.enable_grad():
-            return self._open[0].hypergradient(checked_outer(self.outer_loss, self.engine))
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
         """ρ ← outer rule(ρ, dE/dρ), then λ = c(ρ), then the numbers in the param groups."""
@@ -242,10 +240,8 @@ class OuterLoop:
     def roll_back(self, reason: Diverged) -> None:
         """Return to the state the last window started from, with a lower η."""
         self.training.slots.fill(self.training.slots.params)
-        self._open.clear()
         self._forget_window()
-        self._carried = None
-        self.position = 0
+        self._carried, self.position = None, 0
         self.safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
         self.rule = self._new_rule()
         self.groups.publish()
@@ -254,11 +250,11 @@ class OuterLoop:
         """Hand an open window back to the live model and optimizer, and release the switches."""
         for window in self._open:
             self._carried = window.close()
-        self._open.clear()
         self._forget_window()
         self._switches.release()
 
     def _forget_window(self) -> None:
+        self._open.clear()
         self._losses, self._steps_in_window = [], 0
 
     def cut(self) -> None:
