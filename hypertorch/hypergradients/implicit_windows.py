@@ -53,7 +53,7 @@ class ImplicitWindow(Window):
         self._adjoint: list[Tensor] | None = (carried or {}).get("adjoint")
         self._transition: Transition | None = None
         self._linearised: Linearised | None = None
-        self._before: Sequence[Tensor] = self.params
+        self._before: list[Tensor] = self.params
 
     def step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
