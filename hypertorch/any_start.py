@@ -100,6 +100,7 @@ def from_any_start(
     15 % of a run of 500 steps or more; two updates are made even in a shorter one.
 
     Example:
+        >>> _ = torch.manual_seed(0)
         >>> model, data = nn.Linear(4, 3), [(torch.randn(8, 4), torch.arange(8) % 3)] * 12
         >>> sgd = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=1.0)
         >>> criterion = nn.functional.cross_entropy
