@@ -114,8 +114,8 @@ def from_any_start(
         piece.
     """
     check_steps(steps)
-    batches = _first(train_loader, model, steps=TRIAL_STEPS)
-    judges = _first(validation_loader, model, count=TRIAL_EXAMPLES)
+    batches = _first(train_loader, "training", model, steps=TRIAL_STEPS)
+    judges = _first(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
@@ -205,7 +205,11 @@ class BatchLosses:
 
 
 def _first(
-    loader: Iterable[Batch], model: nn.Module, steps: int | None = None, count: float = math.inf
+    loader: Iterable[Batch],
+    name: str,
+    model: nn.Module,
+    steps: int | None = None,
+    count: float = math.inf,
 ) -> list[Batch]:
     """Return a loader's first batches, until there are `steps`, or `count` examples in them.
 
@@ -216,7 +220,7 @@ def _first(
     found: list[Batch] = []
     with leaving_no_trace(model):
         for batch in itertools.islice(loader, steps):
-            found.append(placed(batch, device))
+            found.append(placed(batch, device, f"{name} batch"))
             if sum(len(y) for _, y in found) >= count:
                 break
     if generator is not None and before is not None:

@@ -197,7 +197,7 @@ def test_what_cannot_start_is_refused():
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
     with pytest.raises(hypertorch.ArgumentError, match="A loader is empty"):
         from_any_start(sgd, model, cross_entropy, [], validation, 10)
-    with pytest.raises(hypertorch.ArgumentTypeError, match=r"must be a pair \(x, y\)"):
+    with pytest.raises(hypertorch.ArgumentTypeError, match=r"A training batch must be a pair"):
         from_any_start(sgd, model, cross_entropy, [torch.ones(3)], validation, 10)
     with pytest.raises(hypertorch.ArgumentError, match="`steps` must be those of the whole run"):
         from_any_start(sgd, model, cross_entropy, train, validation, 0)

@@ -69,7 +69,7 @@ def any_start(
 def unrolled(
     optimizer: torch.optim.Optimizer, model: nn.Module, problem: Problem
 ) -> torch.optim.Optimizer:
-    """From the same start, by windows of twenty steps that `higher` unrolls.
+    """From the same start, by windows of twenty steps in a hundred that `higher` unrolls.
 
     Args:
         optimizer: bare, at the start.
@@ -79,8 +79,8 @@ def unrolled(
     Returns:
         The wrapped optimizer.
     """
-    engine = hypertorch.Unroll()
-    return any_start(optimizer, model, problem, engine=engine)
+    windows: dict[str, Any] = {"window": 20, "update_every": 100, "engine": hypertorch.Unroll()}
+    return any_start(optimizer, model, problem, **windows)
 
 
 PRESETS: dict[str, Preset] = {

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from experiments.band.optimal_decay import is_near, optimal_decay
+from experiments.band.optimal_decay import is_near, optimal_decays
 from experiments.band.plan import FIXED, Plan, Setting
 from experiments.band.problems import problem_of
 from experiments.band.rows import Row, Run
@@ -107,6 +107,7 @@ class Line:
     final_weight_decay_low: float
     final_weight_decay_high: float
     near_optimal_decay: float  # fraction of runs whose final λ is within a factor 3 of λ*
+    near_calibrated_decay: float  # the same, of the λ* of the calibrated cross-entropy
 
 
 def accuracy(row: Row) -> float:
@@ -217,20 +218,21 @@ class Comparison:
             median_last=statistics.median(100 * r.last_test_accuracy for r in group.all),
             final_weight_decay_low=min(decays, default=math.nan),
             final_weight_decay_high=max(decays, default=math.nan),
-            near_optimal_decay=self._near(group),
+            near_optimal_decay=self._near(group, "cross_entropy"),
+            near_calibrated_decay=self._near(group, "calibrated_cross_entropy"),
         )
 
-    def optimal_decays(self) -> dict[int, float]:
-        """λ* by seed, where the task is convex and λ acts as in the loss: with SGD."""
+    def optimal_decays(self) -> dict[int, dict[str, float]]:
+        """λ* by seed and criterion, where the task is convex and λ acts as in the loss: SGD."""
         if self.base != "sgd":
             return {}
         problems = (problem_of(self.plan.tasks[self.task], seed) for seed in self.seeds)
-        found = {problem.seed: optimal_decay(problem) for problem in problems}
-        return {seed: decay for seed, decay in found.items() if decay is not None}
+        found = {problem.seed: optimal_decays(problem) for problem in problems}
+        return {seed: decays for seed, decays in found.items() if decays}
 
-    def _near(self, group: Group) -> float:
+    def _near(self, group: Group, criterion: str) -> float:
         found = [
-            is_near(row.final_weight_decay, self._optima[row.run.seed])
+            is_near(row.final_weight_decay, self._optima[row.run.seed][criterion])
             for row in group.all
             if row.run.seed in self._optima
         ]

@@ -12,7 +12,7 @@ from experiments.band.__main__ import report
 from experiments.band.config import load_band, load_tasks
 from experiments.band.many import train_many
 from experiments.band.methods import METHODS
-from experiments.band.optimal_decay import DECAYS, optimal_decay, validation_loss
+from experiments.band.optimal_decay import CRITERIA, DECAYS, optimal_decays, validation_margins
 from experiments.band.packages import package
 from experiments.band.plan import Plan, Setting
 from experiments.band.problems import Problem
@@ -236,9 +236,17 @@ def test_the_optimal_decay_belongs_to_torch_weight_decay():
         return loss
 
     optimizer.step(objective)
-    loss = torch.nn.functional.cross_entropy(model(held_out.x), held_out.y).item()
-    assert validation_loss(problem, 0.03) == pytest.approx(loss, rel=1e-7)
-    assert optimal_decay(problem) in DECAYS
+    logits, margins = model(held_out.x).detach(), validation_margins(problem, 0.03)
+    loss = torch.nn.functional.cross_entropy(logits, held_out.y).item()
+    assert CRITERIA["cross_entropy"](margins) == pytest.approx(loss, rel=1e-7)
+    scaled = [
+        torch.nn.functional.cross_entropy(beta * logits, held_out.y).item()
+        for beta in torch.logspace(-2, 2, 4001, dtype=torch.float64)
+    ]
+    assert CRITERIA["calibrated_cross_entropy"](margins) == pytest.approx(min(scaled), rel=1e-6)
+    found = optimal_decays(problem)
+    assert list(found) == list(CRITERIA)
+    assert set(found.values()) <= set(DECAYS)
 
 
 RIVALS = {
