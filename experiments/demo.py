@@ -193,7 +193,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", help="e.g. run.epochs=2, for a shorter demo")
     overrides = parser.parse_args(arguments).overrides
     torch.set_num_threads(1)
-    learned_config = config_at(START, overrides, "hyper=learn", "run.name=learned")
+    learned_config = config_at(START, overrides, "hyper=any_start", "run.name=learned")
     fixed_config = config_at(START, overrides, "hyper=none", "run.name=fixed")
     print(f"Digits: learned and fixed run from {_at(START)}, then a grid of 25 runs.", flush=True)
     learned, fixed = (run(config, fresh=True) for config in (learned_config, fixed_config))

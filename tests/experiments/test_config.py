@@ -25,8 +25,8 @@ def test_every_shipped_choice_composes(path):
 
 
 IN_A_FILE = {
-    "hyper: {outer_lrr: 1}": "configs/experiment/x.yaml: unknown key `hyper.outer_lrr`. "
-    "Did you mean `hyper.outer_lr`?",
+    "hyper: {windows: 5}": "configs/experiment/x.yaml: unknown key `hyper.windows`. "
+    "Did you mean `hyper.window`?",
     "optimizers: {lr: 1}": "configs/experiment/x.yaml: unknown key `optimizers`. "
     "Did you mean `optimizer`?",
     "run: {epochs: many}": "configs/experiment/x.yaml: `run.epochs`: Value 'many' of type 'str' "
