@@ -229,17 +229,26 @@ class LinearTangents:
             kinds.setdefault(_Kind(self._group[i], self._keys[i], moves), []).append(column)
         for kind, columns in kinds.items():
             own_places = [places[c] for c in columns]
-            own = {
+            learned = {
+                name: _spread(setting, _on_host(setting.value), kind.group, own_places)
+                for name, setting in self._steps[-1].transition.settings.items()
+            } | {
                 name: seed(name, _spread(setting, values[name], kind.group, own_places))
                 for name, setting in self.settings.items()
             }
             rows = table if len(kinds) == 1 else table[..., columns]
-            yield columns, self._through(kind, rows, own)
+            yield columns, self._through(kind, rows, learned)
 
     def _through(
         self, kind: _Kind, rows: Tensor, values: Mapping[str, Tensor]
     ) -> dict[str, Tensor]:
-        """Return the parts of s_K for tensors of one kind, and "average" where there is one."""
+        """Return the parts of s_K for tensors of one kind, and "average" where there is one.
+
+        Args:
+            kind: of the tensors.
+            rows: what stands in the place of the rows, for them.
+            values: λ of all that is learned, also by other engines; before any schedule.
+        """
         parts = ["param", *kind.buffers, *["average"] * any(step.rate for step in self._steps)]
         buffers = {part: self._at_start(part, rows, values) for part in parts}
         weights, average = buffers.pop("param"), buffers.pop("average", None)

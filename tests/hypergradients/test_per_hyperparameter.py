@@ -81,6 +81,52 @@ class Digits:
             optimizer.step()
 
 
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [("SGD", {"momentum": 0.6}), ("SGD", {"momentum": 0.6, "nesterov": True}), ("AdamW", {})],
+)
+def test_a_share_without_lr_follows_the_learned_lr_and_its_schedule(kind, options):
+    """Against central differences in the decay of the bare optimizer's steps, gradients fixed."""
+    task = Digits(norm=False)
+    params = list(task.model.parameters())
+    task.bare = getattr(torch.optim, kind)(params, lr=0.05, weight_decay=0.02, **options)
+    engine = PerHyperparameter({"lr": FirstOrder(), "weight_decay": FirstOrder()})
+    outer = partial(hypertorch.GatedSign, max_step=0.3)
+    optimizer = task.wrapped(engine, window=4, update_every=4, outer=outer)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / 10)
+    for k in range(4):
+        task.train(optimizer, 1, first=k)
+        scheduler.step()
+    lr, weight_decay = (optimizer.hyperparameters[n]().item() for n in ("lr", "weight_decay"))
+    assert abs(lr / 0.05 - 1) > 0.05
+    start, state, gradients = copy.deepcopy((params, task.bare.state_dict()["state"], []))
+    for k in range(4, 8):
+        task.train(optimizer, 1, first=k)
+        gradients.append([p.grad.clone() for p in params])
+        scheduler.step()
+
+    def outer_loss(decay):
+        twin = [p.detach().clone().requires_grad_() for p in start]
+        bare = getattr(torch.optim, kind)(twin, lr=lr, weight_decay=decay, **options)
+        bare.load_state_dict(
+            {"state": copy.deepcopy(state), "param_groups": bare.state_dict()["param_groups"]}
+        )
+        for k, grads in enumerate(gradients, start=4):
+            bare.param_groups[0]["lr"] = lr * (1 - k / 10)
+            for p, g in zip(twin, grads, strict=True):
+                p.grad = g.clone()
+            bare.step()
+        model = copy.deepcopy(task.model).eval()
+        with torch.no_grad():
+            for p, w in zip(model.parameters(), twin, strict=True):
+                p.copy_(w)
+        x, y = task.validation
+        return calibrated_cross_entropy(model(x), y).item()
+
+    slope = (outer_loss(weight_decay + 1e-4) - outer_loss(weight_decay - 1e-4)) / 2e-4
+    assert optimizer.hypergradients["weight_decay"].item() == pytest.approx(slope, rel=1e-6)
+
+
 @pytest.mark.parametrize("averages", [(None, None), (0.5, None), (0.5, 0.5), (0.5, 0.7)])
 @pytest.mark.parametrize("kind", ["SGD", "AdamW"])
 def test_each_number_is_that_of_its_engine_alone(kind, averages):
