@@ -78,6 +78,8 @@ class ImplicitWindow(Window):
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E and dE/dλ; the engine's `last` says how good it is.
 
+        All of dE/dλ is NaN where E, its gradient or that of the inner loss is not finite.
+
         Raises:
             SolverError: the linear system is not what the solver needs.
             WindowError: E is another model's.
@@ -90,7 +92,8 @@ class ImplicitWindow(Window):
             system = self._engine.system(self._present(params))
         rhs = system.rhs(at_weights)
         size = length(rhs)
-        if not math.isfinite(loss.item() + size):
+        at_loss = length(g for g in system.linearised.grads if g is not None)
+        if not math.isfinite(loss.item() + size + at_loss):
             return loss, {n: torch.full_like(v, math.nan) for n, v in values.items()}
         found = self._engine.solve(system, rhs, self._adjoint)
         self._adjoint = found.value

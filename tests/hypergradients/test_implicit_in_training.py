@@ -37,6 +37,7 @@ from hypertorch import (
     Hyperparameter,
     HypertorchWarning,
     Implicit,
+    Lanczos,
     NormalConjugateGradient,
     Nystrom,
     SolverError,
@@ -277,6 +278,27 @@ def test_an_outer_loss_that_is_not_finite_is_rolled_back():
     for _ in range(4):
         optimizer.step(ridge.inner())
     assert optimizer.rollbacks == 1
+    assert optimizer.hypergradients["weight_decay"].isfinite()
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+@pytest.mark.parametrize("solver", [ConjugateGradient(), Lanczos(max_steps=4), FixedPoint()])
+def test_a_kept_batch_whose_loss_is_not_finite_is_rolled_back(solver, bad):
+    """It is not the loss that trains, so that nobody else sees it."""
+    ridge, calls = Ridge(at_rest=False), []
+
+    def kept() -> Tensor:
+        calls.append(1)
+        return ridge.inner() * (bad if len(calls) == 2 else 1.0)
+
+    optimizer = ridge.wrapped(update_every=2, engine=Implicit(solver, inner_loss=kept))
+    weights = []
+    for _ in range(5):
+        weights.append(ridge.model.weight.detach().clone())
+        optimizer.step(ridge.inner())
+    # of the third step, which is taken back, and made again
+    assert torch.equal(weights[2], weights[3]) and not torch.equal(weights[3], weights[4])
+    assert (len(calls), optimizer.rollbacks) == (3, 1)
     assert optimizer.hypergradients["weight_decay"].isfinite()
 
 
