@@ -2,11 +2,14 @@
 
 import gc
 from collections.abc import Callable
+from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn, optim
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import prune
 from torch.utils.checkpoint import checkpoint
 
@@ -269,6 +272,49 @@ def test_fused_attention_is_differentiated_twice_and_comes_back(through_loss: bo
         optimizer.step(alpha() * (model(DATA + 0.1 * t) ** 2).mean())
     assert next(iter(optimizer.hypergradients.values())).item() != 0
     assert torch.backends.cuda.flash_sdp_enabled() == flash
+
+
+@pytest.mark.parametrize("average", [None, 0.5])
+def test_attention_stays_fused_in_every_step_that_gives_gradients_alone(
+    average: float | None,
+) -> None:
+    """It is differentiated twice in a kept batch's loss, and nowhere else."""
+    gc.collect()  # as above
+    allowed: dict[str, list[bool]] = {"training": [], "kept": []}
+
+    def trained(stays_plain: bool) -> float:
+        torch.manual_seed(0)
+        model = FusedAttention().double()
+
+        def loss(part: str = "training", shift: float = 0.0) -> Tensor:
+            allowed[part].append(torch.backends.cuda.flash_sdp_enabled())
+            return (model(DATA + shift) ** 2).mean()
+
+        implicit = hypertorch.Implicit(
+            hypertorch.ConjugateGradient(), inner_loss=partial(loss, "kept"), average=average
+        )
+        engines = {"lr": hypertorch.FirstOrder(), "weight_decay": implicit}
+        optimizer = hypertorch.HyperOptimizer(
+            optim.SGD(model.parameters(), lr=0.1, weight_decay=2.0),
+            model,
+            lambda: (model(DATA - 1.0) ** 2).mean(),
+            engine=hypertorch.PerHyperparameter(engines),
+            window=3,
+            update_every=3,
+        )
+        with sdpa_kernel(SDPBackend.MATH) if stays_plain else nullcontext():
+            for t in range(6):
+                optimizer.zero_grad()
+                loss(shift=0.1 * t).backward()
+                optimizer.step()
+        assert optimizer.hypergradients is not None
+        return optimizer.hypergradients["weight_decay"].item()
+
+    expected = trained(stays_plain=True)
+    assert not any(allowed["training"] + allowed["kept"])
+    allowed.update(training=[], kept=[])
+    assert trained(stays_plain=False) == pytest.approx(expected, rel=1e-9)
+    assert all(allowed["training"]) and allowed["kept"] == [False] * 2
 
 
 def test_a_compiled_model_runs_eagerly_in_a_window() -> None:

@@ -163,7 +163,7 @@ class Engine(ABC):
         needs: what it must be given of each step in a window: the `"gradients"` in `.grad` (it can
             then learn from an unchanged `loss.backward(); optimizer.step()`), the `"loss"` with its
             graph, or a `"closure"` that computes the same loss again.
-        differentiates_twice: whether torch must be told so before the forward pass.
+        differentiates_twice: whether torch must be told so before the forward passes of training.
         differentiates_outer_loss: whether E must have a graph; else it may be any number, such as
             an error rate.
         runs_outer_loss_alone: whether `hypergradient` runs the model in no other way than by E.

@@ -146,6 +146,7 @@ class Implicit(Engine):
         self.inner_loss, self.average, self.warm_start = inner_loss, average, warm_start
         self.holds_preconditioner = holds_preconditioner
         self.needs = "loss" if inner_loss is None else "gradients"
+        self.differentiates_twice = inner_loss is None  # a window sees to its own loss itself
         self.last: Report | None = None
         self._has_warned = False
 

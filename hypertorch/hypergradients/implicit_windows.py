@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ..double_backward import TwiceDifferentiable
 from ..state import State, set_state
 from ..transition import Linearised, Transition
 from .averages import Average
@@ -163,7 +164,8 @@ class LiveImplicitWindow(ImplicitWindow):
         """Return a step from these weights, along the engine's own loss."""
         assert self._engine.inner_loss is not None
         self._state = State(list(params), State.of(self.training.optimizer).buffers)
-        return self._at(self._engine.inner_loss())
+        with TwiceDifferentiable(self.training.slots.model).held():
+            return self._at(self._engine.inner_loss())
 
     def close(self) -> Carried | None:
         """Let v go on, and w̄ where the next window begins at the same weights."""
