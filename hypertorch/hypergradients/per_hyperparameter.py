@@ -4,7 +4,7 @@ What is right for one hyperparameter may be blind to another: η moves the weigh
 decay by where training would come to rest.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 from torch import Tensor
@@ -122,9 +122,11 @@ class PerHyperparameter(Engine):
 
     def open(self, training: Training, carried: Carried | None = None) -> "SharedWindow":
         """Open a window of each engine at the present state."""
-        shares = self._shares(training)
-        parts = (carried or {}).get("parts") or [None] * len(shares)
-        windows = [engine.open(own, c) for (engine, own), c in zip(shares, parts, strict=True)]
+        parts = (carried or {}).get("parts", {})
+        windows = {
+            (names := _names(own)): engine.open(own, parts.get(names))
+            for engine, own in self._shares(training)
+        }
         return SharedWindow(training, windows)
 
     def cost(self, horizon: int, training: Training) -> float:
@@ -141,12 +143,12 @@ class SharedWindow(LiveWindow):
 
     Args:
         training: what is trained and learned.
-        windows: one per engine, at the same state.
+        windows: one per engine, at the same state, by the names of what it learns.
     """
 
-    def __init__(self, training: Training, windows: Sequence[Window]) -> None:
+    def __init__(self, training: Training, windows: Mapping[str, Window]) -> None:
         super().__init__(training)
-        self._windows = list(windows)
+        self._names, self._windows = list(windows), list(windows.values())
 
     def step(self, step: TrainingStep) -> None:
         """Let each window see the step before it is made, and again after, by nesting them."""
@@ -177,6 +179,12 @@ class SharedWindow(LiveWindow):
         return loss, {name: found[name] for name in self.training.hyperparameters}
 
     def close(self) -> Carried | None:
-        """Close each window; return what goes on, by engine."""
-        parts = [window.close() for window in self._windows]
-        return {"parts": parts} if any(part is not None for part in parts) else None
+        """Close each window; return what goes on, by the names of what its engine learns."""
+        closed = zip(self._names, [window.close() for window in self._windows], strict=True)
+        parts = {names: part for names, part in closed if part is not None}
+        return {"parts": parts} if parts else None
+
+
+def _names(training: Training) -> str:
+    """Return what is learned, in an order that arguments have no part in."""
+    return ", ".join(sorted(training.hyperparameters))

@@ -196,6 +196,26 @@ def test_it_learns_and_resumes_to_the_bit(rhythm):
     assert one.hyperparameters["weight_decay"]().item() != pytest.approx(0.02, rel=1e-3)
 
 
+def test_a_resumed_run_may_name_its_engines_in_another_order():
+    """Each has its own average: 0.5 and 0.9 remember different weights."""
+    found, state = [], None
+    for order in (("lr", "weight_decay"), ("lr", "weight_decay"), ("weight_decay", "lr")):
+        task = Digits()
+        engines = {"lr": FirstOrder(0.5), "weight_decay": task.implicit(0.9)}
+        engine = PerHyperparameter({name: engines[name] for name in order})
+        optimizer = task.wrapped(engine, window=3, update_every=3)
+        if state is None:
+            task.train(optimizer, 6)
+            state = copy.deepcopy((task.model.state_dict(), optimizer.state_dict()))
+        else:
+            task.model.load_state_dict(state[0])
+            optimizer.load_state_dict(copy.deepcopy(state[1]))
+        task.train(optimizer, 3, first=6)
+        found.append({name: h.item() for name, h in optimizer.hypergradients.items()})
+    assert found[1] == found[0]
+    assert found[2] == found[0]
+
+
 @pytest.mark.parametrize(
     ("averages", "gradients_of_outer_loss"),
     [((None, None), 1), ((0.5, None), 2), ((0.5, 0.5), 1), ((0.5, 0.7), 2)],
