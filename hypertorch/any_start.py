@@ -196,12 +196,16 @@ class BatchLosses:
         return self.of(self.optimizer._steps // self.optimizer._loop.update_every)
 
     def mean(self) -> Tensor:
-        """Return the mean loss, without dropout, and by the statistics of each batch itself."""
+        """Return the mean loss, without dropout, and by the statistics of each batch itself.
+
+        A batch of one example has none: with BatchNorm it does not count, unless all are such.
+        """
         normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
+        counted = [k for k, (_, y) in enumerate(self.batches) if len(y) > 1 or not normalising]
         self.model.eval()
-        for module in normalising:
+        for module in normalising if counted else ():
             module.train()
-        return torch.stack([self.of(k) for k in range(len(self.batches))]).mean()
+        return torch.stack([self.of(k) for k in counted or range(len(self.batches))]).mean()
 
 
 def _first(

@@ -154,6 +154,22 @@ def test_batchnorm_finds_a_start_too():
         assert torch.equal(value, before[name])
 
 
+@pytest.mark.parametrize("size", [50, 1], ids=["a last batch of one", "all batches of one"])
+def test_batchnorm_has_no_statistics_of_one_example(size):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        torch.nn.Linear(64, 64), torch.nn.BatchNorm1d(64), torch.nn.ReLU(), torch.nn.Linear(64, 10)
+    )
+    losses = []
+    for count in (101, 100) if size > 1 else (2,):
+        x, y = (part[:count] for part in VALIDATION)
+        batches = list(zip(x.split(size), y.split(size), strict=True))
+        bare = torch.optim.SGD(model.parameters(), lr=1e-6, momentum=0.9, weight_decay=0.1)
+        optimizer = from_any_start(bare, model, cross_entropy, loaders()[0], batches, STEPS)
+        losses.append(optimizer.hyperparameters["lr"]().item())
+    assert losses[0] == losses[-1] > 1e-3
+
+
 def test_nothing_is_left_of_the_trials():
     torch.manual_seed(3)
     model, train = network(), loaders()[0]
