@@ -248,13 +248,14 @@ USE = [
     type_error(
         "training batches that are not pairs",
         start_anywhere([torch.zeros(3, 4)], None),
-        "A batch must be a pair (x, y). Got Tensor. "
+        "A training batch must be a pair (x, y). Got Tensor. "
         "Give its loader a `collate_fn` that returns one.",
     ),
     type_error(
         "validation batches of a run from any start that are not pairs",
         start_anywhere(None, [{"x": 1}]),
-        "A batch must be a pair (x, y). Got dict. Give its loader a `collate_fn` that returns one.",
+        "A validation batch must be a pair (x, y). Got dict. "
+        "Give its loader a `collate_fn` that returns one.",
     ),
     value_error(
         "a validation loader of unknown length that is empty",
