@@ -30,7 +30,7 @@ from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .start_up import check_steps, search_lr, start_weight_decay
 from .state import leaving_no_trace
-from .validation import Batch, ValidationLoss, placed
+from .validation import Batch, ValidationLoss, check_loader, placed
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -93,6 +93,7 @@ def from_any_start(
 
     Raises:
         ArgumentError: a loader is empty, or `steps` is not positive.
+        ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
 
     Cost: about four trials of ten steps, once; from then on, for every 100 steps or more, a
@@ -114,6 +115,8 @@ def from_any_start(
         piece.
     """
     check_steps(steps)
+    check_loader(train_loader, "train_loader")
+    check_loader(validation_loader, "validation_loader")
     batches = _first(train_loader, "training", model, steps=TRIAL_STEPS)
     judges = _first(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
@@ -219,14 +222,21 @@ def _first(
 
     The order of the loader's next pass is what it would have been.
     """
-    generator, device = getattr(loader, "generator", None), next(model.parameters()).device
-    before = generator.get_state() if isinstance(generator, torch.Generator) else None
-    found: list[Batch] = []
+    device, found = next(model.parameters()).device, list[Batch]()
+    before = [(generator, generator.get_state()) for generator in _generators(loader)]
     with leaving_no_trace(model):
         for batch in itertools.islice(loader, steps):
             found.append(placed(batch, device, f"{name} batch"))
             if sum(len(y) for _, y in found) >= count:
                 break
-    if generator is not None and before is not None:
-        generator.set_state(before)
+    for generator, state in before:
+        generator.set_state(state)
     return found
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Return what a loader, and what chooses its examples, draw from."""
+    batched = getattr(loader, "batch_sampler", None)
+    drawing = loader, getattr(loader, "sampler", None), batched, getattr(batched, "sampler", None)
+    found = [getattr(each, "generator", None) for each in drawing]
+    return [generator for generator in found if isinstance(generator, torch.Generator)]

@@ -46,11 +46,7 @@ class ValidationLoss:
     def __init__(
         self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], loader: Any
     ) -> None:
-        if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
-            raise ArgumentTypeError(
-                f"`loader` must be re-iterable. Got {type(loader).__name__}. "
-                "Pass a DataLoader, or a list of (x, y) batches."
-            )
+        check_loader(loader)
         if hasattr(loader, "__len__") and len(loader) == 0:
             raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
         self.model = model
@@ -147,6 +143,19 @@ class ValidationLoss:
         resume = state.pop("_resume")
         self.__dict__.update(state)
         self.load_state_dict(resume)
+
+
+def check_loader(loader: Any, name: str = "loader") -> None:
+    """Refuse what can be iterated only once, or not at all.
+
+    Raises:
+        ArgumentTypeError: says what it is.
+    """
+    if not hasattr(loader, "__iter__") or hasattr(loader, "__next__"):
+        raise ArgumentTypeError(
+            f"`{name}` must be re-iterable. Got {type(loader).__name__}. "
+            "Pass a DataLoader, or a list of (x, y) batches."
+        )
 
 
 def placed(

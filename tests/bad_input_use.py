@@ -257,6 +257,12 @@ USE = [
         "A validation batch must be a pair (x, y). Got dict. "
         "Give its loader a `collate_fn` that returns one.",
     ),
+    type_error(
+        "training batches of a run from any start that can be read only once",
+        lambda b, _: start_anywhere(iter(b.data), None)(b, None),
+        "`train_loader` must be re-iterable. Got list_iterator. "
+        "Pass a DataLoader, or a list of (x, y) batches.",
+    ),
     value_error(
         "a validation loader of unknown length that is empty",
         lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, Unsized())(),

@@ -7,7 +7,7 @@ import torch
 from sklearn.datasets import load_digits
 from test_monitor import hparams, read
 from torch.nn.functional import cross_entropy
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 import hypertorch
@@ -183,6 +183,31 @@ def test_nothing_is_left_of_the_trials():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
     assert model.training and not bare.state
+
+
+@pytest.mark.parametrize("batched", [False, True], ids=["sampler", "batch sampler"])
+def test_a_samplers_own_order_is_what_it_would_have_been(batched):
+    data, generator = TensorDataset(*TRAINING), torch.Generator().manual_seed(1)
+    sampler = RandomSampler(data, generator=generator)
+    train = DataLoader(data, 50, sampler=sampler)
+    if batched:
+        train = DataLoader(data, batch_sampler=BatchSampler(sampler, 50, drop_last=False))
+    model, order = network(), generator.get_state()
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    from_any_start(bare, model, cross_entropy, train, loaders()[1], STEPS)
+    assert torch.equal(generator.get_state(), order)
+
+
+def test_what_can_be_iterated_once_is_refused_with_nothing_taken():
+    model, batches = network(), [*zip(*(part.split(50) for part in TRAINING), strict=True)]
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4)
+    for place, name in enumerate(("train", "validation")):
+        once, pair = iter(batches), [batches, batches]
+        pair[place] = once
+        says = f"`{name}_loader` must be re-iterable. Got list_iterator. Pass a DataLoader"
+        with pytest.raises(hypertorch.ArgumentTypeError, match=says):
+            from_any_start(bare, model, cross_entropy, *pair, STEPS)
+        assert len(list(once)) == len(batches)
 
 
 def test_a_resumed_run_is_the_same_to_the_bit():
