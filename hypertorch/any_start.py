@@ -14,7 +14,9 @@ are off by the noise of their mini-batches, which the schedule will take away an
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .calibration import calibrated_cross_entropy
-from .errors import ArgumentError
+from .errors import ArgumentError, HypertorchWarning
 from .hypergradients import FirstOrder, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .optimizer import HyperOptimizer
@@ -137,7 +139,8 @@ def from_any_start(
     }
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
-    wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
+    with _zero_allowed(optimizer):
+        wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
     inner.optimizer = wrapped
     with leaving_no_trace(model), torch.no_grad():
         before = BatchLosses(model, criterion, judges).mean()
@@ -156,6 +159,19 @@ def from_any_start(
     wrapped._loop.skip_window()
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
+
+
+@contextmanager
+def _zero_allowed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, nobody warns of a 0 to start from that is left behind at once.
+
+    That is every λ, and η where all groups are at 0; elsewhere groups keep the ratios of their η.
+    """
+    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    with warnings.catch_warnings():
+        for name in ("weight_decay", *["lr"] * (not any(rates))):
+            warnings.filterwarnings("ignore", f"`{name}` starts at", HypertorchWarning)
+        yield
 
 
 def _period(steps: int, spent: float) -> int:

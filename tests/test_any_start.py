@@ -89,6 +89,29 @@ def test_from_every_start_the_run_is_the_same_to_the_bit(kind):
         assert all(map(torch.equal, weights, first[1]))
 
 
+@pytest.mark.parametrize(("lr", "weight_decay"), [(0.1, 0.0), (0.0, 0.0)])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_start_at_zero_is_nothing_to_warn_of(lr, weight_decay, count):
+    """Warnings are errors here; SGD's own decay is 0."""
+    starts = []
+    for numbers in ({"lr": lr, "weight_decay": weight_decay}, {"lr": 1.0, "weight_decay": 1.0}):
+        model, (train, validation) = network(), loaders()
+        params = list(model.parameters())
+        groups = [{"params": params[k::count]} for k in range(count)]
+        bare = torch.optim.SGD(groups, momentum=0.9, **numbers)
+        optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+        starts.append([h().tolist() for h in optimizer.hyperparameters.values()])
+    assert starts[0] == starts[1]
+
+
+def test_a_zero_that_stays_in_the_ratio_of_two_groups_is_warned_of():
+    model, (train, validation) = network(), loaders()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.0}]
+    bare = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
+    with pytest.warns(hypertorch.HypertorchWarning, match="`lr` starts at"):
+        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+
+
 def test_one_run_beats_one_with_the_starting_values():
     model, *loop = started(1e-4, 1e-4)
     optimizer = loop[0]
