@@ -141,9 +141,11 @@ def from_any_start(
     writer = options.pop("writer", None)
     with _zero_allowed(optimizer):
         wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
+    assert wrapped._loop is not None
     inner.optimizer = wrapped
     with leaving_no_trace(model), torch.no_grad():
         before = BatchLosses(model, criterion, judges).mean()
+    wrapped._loop.overhead += len(judges) / 3
 
     def judged(z: Tensor, y: Any) -> Tensor:
         return outer_criterion(z, y) + torch.relu(criterion(z, y) - before)
@@ -153,7 +155,6 @@ def from_any_start(
         closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
         search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
     start_weight_decay(wrapped, steps, _length(train_loader))
-    assert wrapped._loop is not None
     if "update_every" not in options:
         wrapped._loop.update_every = _period(steps, wrapped.cost)
     wrapped._loop.skip_window()

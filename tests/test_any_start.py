@@ -139,6 +139,21 @@ def test_trials_and_updates_cost_fifteen_percent_at_most(steps, updates):
     assert optimizer.cost <= 1.15 * steps
 
 
+def test_every_pass_through_the_model_before_training_is_counted():
+    """Of a step, forward is a third, and backward two."""
+    model, (train, validation), passes = network(), loaders(), []
+
+    def count(module, x, z):
+        passes.append(1 / 3)
+        if z.requires_grad:
+            z.register_hook(lambda gradient: passes.append(2 / 3))
+
+    model.register_forward_hook(count)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    assert optimizer.cost == pytest.approx(sum(passes))
+
+
 @pytest.mark.parametrize(
     ("options", "first"), [({}, 101), ({"update_every": 70}, 70), ({"window": 100}, 101)]
 )
