@@ -15,7 +15,8 @@ are off by the noise of their mini-batches, which the schedule will take away an
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -24,13 +25,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from .arguments import whole
 from .calibration import calibrated_cross_entropy
 from .errors import ArgumentError, HypertorchWarning
-from .hypergradients import FirstOrder, Implicit, PerHyperparameter
+from .hypergradients import Engine, FirstOrder, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
-from .start_up import check_steps, search_lr, start_weight_decay
+from .start_up import search_lr, start_weight_decay
 from .state import leaving_no_trace
 from .validation import Batch, ValidationLoss, check_loader, placed
 
@@ -88,19 +90,21 @@ def from_any_start(
         steps: T, of the whole run.
         outer_criterion: of validation. The default is for classes; for anything else pass the
             criterion that counts.
-        options: of `HyperOptimizer`, in place of those chosen here (`update_every=100`, …).
+        options: of `HyperOptimizer`, in place of those chosen here (`update_every=100`, …). With
+            another `engine` window and period are `HyperOptimizer`'s own.
 
     Returns:
         The wrapped optimizer, which has paid for its trials: see `cost`.
 
     Raises:
-        ArgumentError: a loader is empty, or `steps` is not positive.
+        ArgumentError: a loader is empty, `steps` is not a whole number of them, or something else
+            is to be learned than η and λ.
         ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
 
     Cost: about four trials of ten steps, once; from then on, for every 100 steps or more, a
     gradient of E, one of the loss and four Hessian-vector products: 10 training steps. Together
-    15 % of a run of 500 steps or more; two updates are made even in a shorter one.
+    15 % of a run of 500 steps or more; of a shorter one more, for two updates from 180 steps on.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -116,7 +120,7 @@ def from_any_start(
         Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
         piece.
     """
-    check_steps(steps)
+    whole("steps", steps)
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
     batches = _first(train_loader, "training", model, steps=TRIAL_STEPS)
@@ -124,28 +128,19 @@ def from_any_start(
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
-    of_decay = Implicit(
-        Lanczos(max_steps=4),
-        inner_loss=inner,
-        average=AVERAGE,
-        warm_start=False,
-        holds_preconditioner=True,
-    )
-    chosen: dict[str, Any] = {
-        "engine": PerHyperparameter({"lr": FirstOrder(AVERAGE), "weight_decay": of_decay}),
-        "window": WINDOW,
-        "update_every": UPDATE_EVERY,
-        "outer": partial(GatedSign, max_step=MAX_STEPS, decay=DECAY),
-    }
+    chosen = {"outer": partial(GatedSign, max_step=MAX_STEPS, decay=DECAY)} | _learned(options)
+    if "engine" not in options:
+        chosen |= {"engine": _engine(inner)} | _rhythm(options)
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
     with _zero_allowed(optimizer):
         wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
-    assert wrapped._loop is not None
-    inner.optimizer = wrapped
+    inner.optimizer, loop = wrapped, wrapped._loop
+    if loop is None:
+        raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
     with leaving_no_trace(model), torch.no_grad():
         before = BatchLosses(model, criterion, judges).mean()
-    wrapped._loop.overhead += len(judges) / 3
+    loop.overhead += len(judges) / 3
 
     def judged(z: Tensor, y: Any) -> Tensor:
         return outer_criterion(z, y) + torch.relu(criterion(z, y) - before)
@@ -155,9 +150,9 @@ def from_any_start(
         closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
         search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
     start_weight_decay(wrapped, steps, _length(train_loader))
-    if "update_every" not in options:
-        wrapped._loop.update_every = _period(steps, wrapped.cost)
-    wrapped._loop.skip_window()
+    is_free = not {"engine", "update_every"} & set(options)
+    every = _period(steps, wrapped.cost) if is_free else loop.update_every
+    loop.take_up(max(every, loop.window))
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
 
@@ -175,10 +170,50 @@ def _zero_allowed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         yield
 
 
+def _learned(options: dict[str, Any]) -> dict[str, Any]:
+    """Take η and λ out of the options, in the order of `MAX_STEPS`.
+
+    Raises:
+        ArgumentError: something else is to be learned.
+    """
+    learn = options.pop("learn", ("lr", "weight_decay"))
+    names = {learn} if isinstance(learn, str) else set(learn)
+    if names != {"lr", "weight_decay"}:
+        raise ArgumentError(
+            "`from_any_start` learns `lr` and `weight_decay`, both and nothing else. "
+            f"Got {learn!r}. For more, use `HyperOptimizer` with `search_lr`."
+        )
+    if isinstance(learn, Mapping):
+        return {"learn": {name: learn[name] for name in ("lr", "weight_decay")}}
+    return {"learn": ("lr", "weight_decay")}
+
+
+def _engine(inner: "BatchLosses") -> Engine:
+    """Return how η and λ are differentiated."""
+    of_decay = Implicit(
+        Lanczos(max_steps=4),
+        inner_loss=inner,
+        average=AVERAGE,
+        warm_start=False,
+        holds_preconditioner=True,
+    )
+    return PerHyperparameter({"lr": FirstOrder(AVERAGE), "weight_decay": of_decay})
+
+
+def _rhythm(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a window and a period that go with what the options say of the other one."""
+    window, every = options.get("window", WINDOW), options.get("update_every", UPDATE_EVERY)
+    if "update_every" not in options:
+        return {"window": window, "update_every": max(every, window)}
+    steps = options.get("steps_per_epoch") if every == "epoch" else every
+    return {"window": min(WINDOW, steps) if isinstance(steps, int) else WINDOW}
+
+
 def _period(steps: int, spent: float) -> int:
     """Return the steps from one update to the next that leave a run of T `steps` in its bounds."""
     updates = max(2, int((OVERHEAD * steps - spent) / UPDATE_COST))
-    return max(UPDATE_EVERY, steps // (updates + 1) + 1)
+    usual = min(UPDATE_EVERY, max(WINDOW, steps // 3 + 1))
+    return max(usual, steps // (updates + 1) + 1)
 
 
 def _length(loader: Iterable[Batch]) -> int | None:
@@ -198,12 +233,29 @@ class BatchLosses:
         batches: `(x, y)`.
 
     Attributes:
-        optimizer: whose steps choose the batch, so that a resumed run takes the same one.
+        optimizer: whose steps choose the batch, so that a resumed run takes the same one. It owns
+            these losses, and is held by a weak reference: dropped, a run is gone at once.
     """
 
     def __init__(self, model: nn.Module, criterion: Criterion, batches: list[Batch]) -> None:
         self.model, self.criterion, self.batches = model, criterion, batches
-        self.optimizer: HyperOptimizer | None = None
+        self._owner: Callable[[], HyperOptimizer | None] = lambda: None
+
+    @property
+    def optimizer(self) -> HyperOptimizer | None:
+        """The one that owns these losses, while it exists."""
+        return self._owner()
+
+    @optimizer.setter
+    def optimizer(self, owner: HyperOptimizer | None) -> None:
+        self._owner = (lambda: None) if owner is None else weakref.ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state.pop("_owner")
+        self.__dict__.update(state)
 
     def of(self, number: int) -> Tensor:
         """Return the loss of a batch; after the last comes the first."""
@@ -211,9 +263,10 @@ class BatchLosses:
         return self.criterion(self.model(x), y)
 
     def __call__(self) -> Tensor:
-        """Return the loss of another batch at each outer update."""
-        assert self.optimizer is not None and self.optimizer._loop is not None
-        return self.of(self.optimizer._steps // self.optimizer._loop.update_every)
+        """Return the loss of another batch in each period."""
+        owner = self.optimizer
+        assert owner is not None and owner._loop is not None
+        return self.of(owner._steps // owner._loop.update_every)
 
     def mean(self) -> Tensor:
         """Return the mean loss, without dropout, and by the statistics of each batch itself.

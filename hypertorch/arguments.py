@@ -67,13 +67,13 @@ def check_rhythm(window: Any, update_every: Any, steps_per_epoch: Any) -> tuple[
             raise ArgumentError(
                 '`update_every="epoch"` needs `steps_per_epoch`. Pass len(train_loader).'
             )
-        update_every = _whole("steps_per_epoch", steps_per_epoch)
+        update_every = whole("steps_per_epoch", steps_per_epoch)
     elif isinstance(update_every, str):
         raise ArgumentError(
             f'`update_every` must be a number of steps or "epoch". Got {update_every!r}.'
             f"{did_you_mean(update_every, ['epoch'])}"
         )
-    window, update_every = _whole("window", window), _whole("update_every", update_every)
+    window, update_every = whole("window", window), whole("update_every", update_every)
     if window > update_every:
         raise ArgumentError(
             f"A window of {window} steps does not fit into {update_every} steps between updates. "
@@ -82,7 +82,8 @@ def check_rhythm(window: Any, update_every: Any, steps_per_epoch: Any) -> tuple[
     return window, update_every
 
 
-def _whole(name: str, number: Any) -> int:
+def whole(name: str, number: Any) -> int:
+    """Return a number of steps once it is one."""
     if isinstance(number, bool) or not isinstance(number, int) or number < 1:
         raise ArgumentError(
             f"`{name}` must be a whole number of steps, at least 1. Got {number!r}."

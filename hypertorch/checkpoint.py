@@ -12,7 +12,7 @@ from .state import params_of
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
 PARTS = (
-    *("steps", "raw", "groups", "position", "carried", "overhead", "rule", "safeguards"),
+    *("steps", "raw", "groups", "rhythm", "bounds", "carried", "overhead", "rule", "safeguards"),
     "outer_loss",
 )
 

@@ -53,6 +53,17 @@ class Monitor:
             self._writer.add_scalar(tag, value, step)
 
 
+def choices(loop: Any) -> dict[str, str | int]:
+    """Return what was chosen for an `OuterLoop`, by name, for the HParams page."""
+    return {
+        "optimizer": type(loop.optimizer).__name__,
+        "engine": repr(loop.engine),
+        "outer": type(loop.rule).__name__,
+        "window": loop.window,
+        "update_every": loop.update_every,
+    }
+
+
 def _curves(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
     found = []
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ from .errors import HypertorchWarning, WindowError
 from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
 from .inner_loss import InnerLoss, missing_loss
-from .monitor import Monitor
+from .monitor import Monitor, choices
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
 from .param_groups import load_optimizer
@@ -266,7 +266,7 @@ class HyperOptimizer(OptimizerWrapper):
             return None
         start = {f"initial {n}": h().mean().item() for n, h in self.hyperparameters.items()}
         values = {name: h() for name, h in self.hyperparameters.items()}
-        return Monitor(writer, {**self._loop.choices(), **start}, values)
+        return Monitor(writer, {**choices(self._loop), **start}, values)
 
     def _record(self, loop: OuterLoop) -> None:
         if self._monitor is None or not (found := self.hypergradients):

@@ -285,9 +285,10 @@ class OuterLoop:
         self.cut()
         self._carried = None
 
-    def skip_window(self) -> None:
-        """Go on with the plain steps of a period; the next window opens after them."""
-        self.position = self.window % self.update_every
+    def take_up(self, update_every: int) -> None:
+        """Go on with the plain steps of such a period; the next window opens after them."""
+        self.update_every, self.position = update_every, self.window % update_every
+        self.training = self._new_training()
         self.get_ready()
 
     def losses(self) -> dict[str, Tensor]:
@@ -295,23 +296,14 @@ class OuterLoop:
         found = {"loss/inner": self.inner_loss_value, "loss/outer": self.outer_loss_value}
         return {name: loss for name, loss in found.items() if loss is not None}
 
-    def choices(self) -> dict[str, str | int]:
-        """Return what was chosen for this run, by name."""
-        return {
-            "optimizer": type(self.optimizer).__name__,
-            "engine": repr(self.engine),
-            "outer": type(self.rule).__name__,
-            "window": self.window,
-            "update_every": self.update_every,
-        }
-
     def state_dict(self) -> dict[str, Any]:
-        """Return ρ, the outer rule's state, the safeguards' and the outer loss's."""
+        """Return ρ, and the state of the loop, its rule, the safeguards and the outer loss."""
         outer_state = getattr(self.outer_loss, "state_dict", None)
         return {
             "raw": {name: h.raw.detach().clone() for name, h in self.hyperparameters.items()},
             "groups": self.groups.state_dict(),
-            "position": self.position,
+            "rhythm": (self.window, self.update_every, self.position),
+            "bounds": {name: h.bounds for name, h in self.hyperparameters.items()},
             "carried": deepcopy(self._carried),
             "overhead": self.overhead,
             "rule": deepcopy(self.rule.state_dict()),
@@ -325,8 +317,10 @@ class OuterLoop:
             for name, h in self.hyperparameters.items():
                 h.raw.copy_(state["raw"][name])
                 h.refresh()
+                h.bound(state["bounds"][name])
         self.groups.load_state_dict(state["groups"])
-        self.position, self.overhead = state["position"], state["overhead"]
+        self.window, self.update_every, self.position = state["rhythm"]
+        self.training, self.overhead = self._new_training(), state["overhead"]
         self._carried = deepcopy(state["carried"])
         self.rule.load_state_dict(deepcopy(state["rule"]))
         self.safeguards.load_state_dict(state["safeguards"])

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from .arguments import whole
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was
 from .hypergradients import OuterLoss
@@ -145,7 +146,7 @@ def start_weight_decay(
     decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
     if not isinstance(decay, Setting) or loop is None:
         raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")
-    check_steps(steps)
+    whole("steps", steps)
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
     optimizer.close()
@@ -158,16 +159,6 @@ def start_weight_decay(
     decay.refresh()
     loop.settings_were_set()
     return start
-
-
-def check_steps(steps: int) -> None:
-    """Refuse a run without steps.
-
-    Raises:
-        ArgumentError: says what `steps` are.
-    """
-    if not steps > 0:
-        raise ArgumentError(f"`steps` must be those of the whole run, at least 1. Got {steps!r}.")
 
 
 def _shrinking(optimizer: HyperOptimizer) -> float:
@@ -271,6 +262,8 @@ class _Search:
     def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[float]:
         """Within, the training steps are made at η = `rate`; yield the last loss, ∞ if ruined."""
         with as_it_was(self.optimizer), self.lr.at(self.ratios * rate):
+            for group in self.optimizer.param_groups:
+                group.pop("initial_lr", None)  # a schedule, such as a warm-up, does not count
             settings = {
                 n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
             }

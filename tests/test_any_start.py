@@ -1,6 +1,9 @@
 """`from_any_start`: one run that needs no starting values, in a loop that stays as it is."""
 
 import copy
+import gc
+import math
+import weakref
 
 import pytest
 import torch
@@ -11,7 +14,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from torch.utils.tensorboard import SummaryWriter
 
 import hypertorch
-from hypertorch import from_any_start
+from hypertorch import FirstOrder, from_any_start
 
 STEPS = 300
 
@@ -44,8 +47,8 @@ def network(seed=0):
     )
 
 
-def started(lr, weight_decay, kind="SGD", steps=STEPS, **options):
-    model = network()
+def started(lr, weight_decay, kind="SGD", steps=STEPS, seed=0, **options):
+    model = network(seed)
     momentum = {"momentum": 0.9} if kind == "SGD" else {}
     bare = getattr(torch.optim, kind)(
         model.parameters(), lr=lr, weight_decay=weight_decay, **momentum
@@ -155,7 +158,18 @@ def test_every_pass_through_the_model_before_training_is_counted():
 
 
 @pytest.mark.parametrize(
-    ("options", "first"), [({}, 101), ({"update_every": 70}, 70), ({"window": 100}, 101)]
+    ("options", "first"),
+    [
+        ({}, 101),
+        ({"update_every": 70}, 70),
+        ({"update_every": 40}, 40),
+        ({"update_every": "epoch", "steps_per_epoch": 6}, 6),
+        ({"window": 100}, 101),
+        ({"window": 130}, 130),
+        ({"steps": 240}, 81),
+        ({"steps": 150}, 60),
+        ({"engine": FirstOrder()}, 20),  # the period of `HyperOptimizer`
+    ],
 )
 def test_the_first_update_ends_the_first_period(options, first):
     model, *loop = started(1e-4, 1e-4, **options)
@@ -271,6 +285,79 @@ def test_a_resumed_run_is_the_same_to_the_bit():
         assert torch.equal(one, two)
 
 
+def test_a_run_that_is_dropped_within_a_window_is_gone():
+    """Its kept batches know whose steps choose among them, and must not keep it alive."""
+    model, *loop = started(0.1, 1e-3)
+    run(model, *loop, steps=80)
+    optimizer = loop[0]
+    assert optimizer._loop.is_window_open
+    is_gone = weakref.ref(optimizer)
+    del model, loop, optimizer
+    gc.collect()
+    assert is_gone() is None
+
+
+def test_a_checkpoint_brings_what_the_trials_chose():
+    """Also to a run whose own trials, from other weights, choose something else."""
+    first = started(0.1, 1e-3, steps=520)
+    run(*first, 130)
+    state = first[1].state_dict()
+    _, optimizer, *_ = started(0.1, 1e-3, steps=900, seed=5)
+    there, here = first[1]._loop, optimizer._loop
+    bounds = {name: h.bounds for name, h in first[1].hyperparameters.items()}
+    assert here.update_every != there.update_every
+    assert {name: h.bounds for name, h in optimizer.hyperparameters.items()} != bounds
+    optimizer.load_state_dict(state)
+    assert (here.window, here.update_every, here.position) == (
+        there.window,
+        there.update_every,
+        there.position,
+    )
+    assert {name: h.bounds for name, h in optimizer.hyperparameters.items()} == bounds
+
+
+def test_a_copy_within_a_window_goes_on_alike():
+    """Windows that nearly follow each other: what an average remembers is not carried over."""
+    parts = started(0.1, 1e-3, window=100)
+    run(*parts, 110)
+    assert not parts[1]._loop.training.is_contiguous
+    twin = copy.deepcopy(parts)
+    random = torch.get_rng_state()
+    run(*parts, 120)
+    torch.set_rng_state(random)
+    run(*twin, 120)
+    assert all(map(torch.equal, parts[0].parameters(), twin[0].parameters()))
+    assert twin[1]._loop.engine.engines["weight_decay"].inner_loss.optimizer is twin[1]
+
+
+@pytest.mark.parametrize(
+    "learn", [("weight_decay", "lr"), {"weight_decay": "shared", "lr": "shared"}]
+)
+def test_the_order_of_what_is_learned_does_not_matter(learn):
+    """η moves by a tenth at most, λ by a factor of two."""
+    for options in ({}, {"learn": learn}):
+        model, *loop = started(0.1, 1e-3, **options)
+        rates = loop[0].hyperparameters
+        before = {name: h().item() for name, h in rates.items()}
+        run(model, *loop, steps=101)
+        moved = {name: abs(math.log(h().item() / before[name])) for name, h in rates.items()}
+        assert moved["lr"] <= 0.1001 and moved["weight_decay"] > 0.2
+
+
+def test_a_warm_up_that_is_there_already_does_not_count():
+    """Trials are made at η, not at what the first steps of a warm-up make of it."""
+    found = []
+    for factor in (None, 0.01):
+        model, (train, validation) = network(), loaders()
+        bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+        if factor:
+            torch.optim.lr_scheduler.LinearLR(bare, factor)
+        optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+        found.append([h().item() for h in optimizer.hyperparameters.values()])
+        assert optimizer._loop.groups.schedule(0) == pytest.approx(factor or 1)
+    assert found[0] == found[1]
+
+
 def test_what_cannot_start_is_refused():
     model, (train, validation) = network(), loaders()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
@@ -278,8 +365,15 @@ def test_what_cannot_start_is_refused():
         from_any_start(sgd, model, cross_entropy, [], validation, 10)
     with pytest.raises(hypertorch.ArgumentTypeError, match=r"A training batch must be a pair"):
         from_any_start(sgd, model, cross_entropy, [torch.ones(3)], validation, 10)
-    with pytest.raises(hypertorch.ArgumentError, match="`steps` must be those of the whole run"):
+    with pytest.raises(hypertorch.ArgumentError, match=r"`steps` must be .* Got 0"):
         from_any_start(sgd, model, cross_entropy, train, validation, 0)
+    with pytest.raises(hypertorch.ArgumentError, match="`steps` must be a whole number"):
+        from_any_start(sgd, model, cross_entropy, train, validation, 300.0)
+    with pytest.raises(hypertorch.ArgumentError, match="`from_any_start` learns"):
+        from_any_start(sgd, model, cross_entropy, train, validation, 10, outer=None)
+    for learn in ("lr", ("lr", "weight_decay", "momentum"), {"lr": "shared"}):
+        with pytest.raises(hypertorch.ArgumentError, match="learns `lr` and `weight_decay`, both"):
+            from_any_start(sgd, model, cross_entropy, train, validation, 10, learn=learn)
     adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-3)
     with pytest.raises(hypertorch.UnsupportedError, match="decay of Adam"):
         from_any_start(adam, model, cross_entropy, train, validation, 10)
