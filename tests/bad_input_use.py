@@ -416,8 +416,8 @@ CHECKPOINTS = [
     rejected(
         "a checkpoint whose learned part was cut off",
         changed(hypertorch=lambda own: {"raw": own["raw"]}),
-        "The checkpoint's `hypertorch` part lacks carried, groups, outer_loss, overhead, "
-        "position, rule, safeguards, steps. "
+        "The checkpoint's `hypertorch` part lacks bounds, carried, groups, outer_loss, "
+        "overhead, rhythm, rule, safeguards, steps. "
         "Pass the whole of what `state_dict()` returned.",
         with_checkpoint,
     ),

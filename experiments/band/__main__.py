@@ -64,6 +64,8 @@ def report(plan: Plan, table: Table, folder: Path) -> str:
     made = comparisons(plan, table.rows)
     lines = [comparison.line(group) for comparison in made for group in comparison.groups()]
     write_summary(lines, folder / "summary.csv")
+    if not made:
+        return f"Without runs of `fixed` there is no grid to compare with. Table: {folder}"
     for comparison in made:
         heat_maps(comparison, folder / f"heat_{comparison.task}_{comparison.base}.png")
     cost_figure(made, folder / "cost.png")

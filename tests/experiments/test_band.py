@@ -215,6 +215,14 @@ def test_the_report_has_a_line_per_method_and_all_figures(tmp_path):
     assert f"grid's best {100 * goal.test_accuracy:.2f} %" in text
 
 
+def test_without_a_grid_there_is_a_table_alone(tmp_path):
+    plan, table = tiny_plan("methods=[hyper]"), Table(tmp_path / "rows.jsonl")
+    do_all(plan, table, workers=1, progress=False)
+    text = report(plan, table, tmp_path / "report")
+    assert text.startswith("Without runs of `fixed` there is no grid to compare with.")
+    assert {f.name for f in (tmp_path / "report").iterdir()} == {"table.csv", "summary.csv"}
+
+
 def test_the_optimal_decay_belongs_to_torch_weight_decay():
     """Against torch's own L-BFGS on the two-class loss with λ/2 ‖w‖²."""
     tasks = load_tasks(["task=breast_cancer", "task.data.features=12"])
