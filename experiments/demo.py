@@ -19,8 +19,9 @@ from tqdm import tqdm
 
 from experiments.config import load_config
 from experiments.figures import demo_figure
+from experiments.optimizers import schedule_factor
 from experiments.run import run
-from experiments.run_folder import RunFolder
+from experiments.run_folder import Row, RunFolder
 from experiments.schema import Config
 from experiments.training import Trainer
 
@@ -180,6 +181,25 @@ def closing_line(entries: Sequence[Entry]) -> str:
     return json.dumps({**accuracies, "cost_ratio": round(ratio, 3)})
 
 
+def learned_path(config: Config, metrics: Sequence[Row], learned: Summary) -> list[Point]:
+    """(η, λ) of the learned run, η before its schedule.
+
+    Args:
+        config: of the run.
+        metrics: its rows.
+        learned: its summary.
+
+    Returns:
+        Where it was told to start, where the first row has it, and so on to the end.
+    """
+    points = [START]
+    for row in metrics:
+        factor = schedule_factor(config.run.schedule, learned["steps"], int(row["step"]))
+        if factor > 0:
+            points.append((row["lr"] / factor, row["weight_decay"]))
+    return [*points, (learned["final"]["lr"], learned["final"]["weight_decay"])]
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the demo: overrides of its configuration may follow on the command line.
 
@@ -209,7 +229,8 @@ def _report(
     folder = RunFolder.of(config)
     figure = folder.path.parent / "figure.png"
     accuracies = {point: summary["test_accuracy"] for point, summary in grid.items()}
-    demo_figure(accuracies, folder.load_metrics(), learned, figure)
+    metrics = folder.load_metrics()
+    demo_figure(accuracies, learned_path(config, metrics, learned), metrics, learned, figure)
     print(f"\n{format_table(entries)}\n")
     print("Seconds are of training alone. The grid's best is the choice of the validation data and")
     print("costs the whole grid; median and worst are of test accuracies and cost one run each.")

@@ -95,6 +95,7 @@ def plot_hyperparameters(axes: Axes, history: Sequence[Row]) -> None:
 
 def demo_figure(
     grid: Mapping[tuple[float, float], float],
+    learned: Sequence[tuple[float, float]],
     history: Sequence[Row],
     summary: Mapping[str, Any],
     path: Path,
@@ -103,6 +104,8 @@ def demo_figure(
 
     Args:
         grid: test accuracy in [0, 1] of each (η, λ) with fixed hyperparameters.
+        learned: (η, λ) of the learned run before any schedule: where it was told to start, where
+            trials let it start, and so on to the end.
         history: of the learned run.
         summary: of the learned run.
         path: of the PNG.
@@ -113,7 +116,7 @@ def demo_figure(
     losses = figure.add_subplot(spaces[0, 1])
     values = figure.add_subplot(spaces[1, 1], sharex=losses)
     plot_grid(heat, grid)
-    plot_path(heat, history)
+    plot_path(heat, learned)
     plot_losses(losses, history, summary["best_step"])
     plot_hyperparameters(values, history)
     losses.set_title(f"The learned run: test accuracy {100 * summary['test_accuracy']:.1f} %")
@@ -144,20 +147,23 @@ def plot_grid(axes: Axes, grid: Mapping[tuple[float, float], float]) -> None:
     axes.figure.colorbar(mesh, ax=axes, label="test accuracy (%)")
 
 
-def plot_path(axes: Axes, history: Sequence[Row]) -> None:
-    """The learned (η, λ) from start to end.
+def plot_path(axes: Axes, learned: Sequence[tuple[float, float]]) -> None:
+    """(η, λ) from where the run was told to start to the end.
 
     Args:
         axes: where to draw; its limits grow to hold the path.
-        history: of the learned run.
+        learned: the points; from the first to the second trials led.
     """
-    lr, decay = _column(history, "lr"), _column(history, "weight_decay")
-    axes.plot(lr, decay, color="white", linewidth=4)
-    axes.plot(lr, decay, color="#d62728", linewidth=2, label="learned path")
-    marker: dict[str, Any] = {"color": "#d62728", "markeredgecolor": "white", "linestyle": "none"}
+    lr, decay = np.array(learned).T
+    colour = "#d62728"
+    axes.plot(lr[1:], decay[1:], color="white", linewidth=4)
+    axes.plot(lr[:2], decay[:2], color="white", linewidth=1.5, linestyle=":", label="trials")
+    axes.plot(lr[1:], decay[1:], color=colour, linewidth=2, label="learned path")
+    marker: dict[str, Any] = {"color": colour, "markeredgecolor": "white", "linestyle": "none"}
     axes.plot(lr[0], decay[0], marker="o", markersize=11, label="start", **marker)
     axes.plot(lr[-1], decay[-1], marker="*", markersize=20, label="end", **marker)
-    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=3, frameon=False)
+    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
+    legend.get_lines()[0].set_color("black")
 
 
 def save_figure(figure: Figure, path: Path) -> None:

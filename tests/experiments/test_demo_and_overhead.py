@@ -53,8 +53,18 @@ def test_a_diverged_grid_is_drawn(tmp_path):
     row |= {"validation_accuracy": 0.1, "lr": 0.1, "weight_decay": 0.1, "cost_steps": 0.0}
     grid = {(lr, decay): 0.1 for lr in (0.1, 1.0) for decay in (0.1, 1.0)}
     path = tmp_path / "figure.png"
-    demo_figure(grid, [row, {**row, "step": 1.0}], {"best_step": 0, "test_accuracy": 0.1}, path)
+    learned = [(1.0, 0.1), (0.1, 0.1), (0.2, 0.1)]
+    found = {"best_step": 0, "test_accuracy": 0.1}
+    demo_figure(grid, learned, [row, {**row, "step": 1.0}], found, path)
     assert path.exists()
+
+
+def test_the_learned_path_is_that_before_the_schedule():
+    config = demo.config_at((1e-3, 1.0), ["run.schedule=linear"])
+    rows = [{"step": s, "lr": 0.2 * (1 - s / 8), "weight_decay": 0.1 * s} for s in (0, 4, 8)]
+    learned = {"steps": 8, "final": {"lr": 0.3, "weight_decay": 0.9}}
+    found = demo.learned_path(config, rows, learned)
+    assert found == [demo.START, (0.2, 0.0), (0.2, 0.4), (0.3, 0.9)]
 
 
 @pytest.fixture
