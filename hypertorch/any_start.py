@@ -34,7 +34,7 @@ from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .start_up import search_lr, start_weight_decay
 from .state import leaving_no_trace
-from .validation import Batch, ValidationLoss, check_loader, placed
+from .validation import Batch, ValidationLoss, check_loader, generators_of, placed
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -293,7 +293,7 @@ def _first(
     The order of the loader's next pass is what it would have been.
     """
     device, found = next(model.parameters()).device, list[Batch]()
-    before = [(generator, generator.get_state()) for generator in _generators(loader)]
+    before = [(generator, generator.get_state()) for generator in generators_of(loader)]
     with leaving_no_trace(model):
         for batch in itertools.islice(loader, steps):
             found.append(placed(batch, device, f"{name} batch"))
@@ -302,11 +302,3 @@ def _first(
     for generator, state in before:
         generator.set_state(state)
     return found
-
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    """Return what a loader, and what chooses its examples, draw from."""
-    batched = getattr(loader, "batch_sampler", None)
-    drawing = loader, getattr(loader, "sampler", None), batched, getattr(batched, "sampler", None)
-    found = [getattr(each, "generator", None) for each in drawing]
-    return [generator for generator in found if isinstance(generator, torch.Generator)]

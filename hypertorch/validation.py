@@ -106,9 +106,8 @@ class ValidationLoss:
         self._position, self._pass_start = 0, self._randomness()
         return iter(self.loader)
 
-    def _randomness(self) -> dict[str, Tensor | None]:
-        generator = getattr(self.loader, "generator", None)
-        own = generator.get_state() if isinstance(generator, torch.Generator) else None
+    def _randomness(self) -> dict[str, Any]:
+        own = [generator.get_state() for generator in generators_of(self.loader)]
         return {"torch": torch.get_rng_state(), "loader": own}
 
     def state_dict(self) -> dict[str, Any]:
@@ -125,12 +124,12 @@ class ValidationLoss:
             self._replay(state["position"], state["pass_start"])
         self._random = state["random"]
 
-    def _replay(self, position: int, pass_start: dict[str, Tensor | None]) -> None:
+    def _replay(self, position: int, pass_start: dict[str, Any]) -> None:
         self._batches = None
-        if pass_start["loader"] is not None:
-            self.loader.generator.set_state(pass_start["loader"])
+        for generator, state in zip(generators_of(self.loader), pass_start["loader"], strict=True):
+            generator.set_state(state)
         if position:
-            torch.set_rng_state(pass_start["torch"])  # type: ignore[arg-type]
+            torch.set_rng_state(pass_start["torch"])
             self._batches = self._new_pass()
             for _ in range(position):
                 next(self._batches)
@@ -156,6 +155,14 @@ def check_loader(loader: Any, name: str = "loader") -> None:
             f"`{name}` must be re-iterable. Got {type(loader).__name__}. "
             "Pass a DataLoader, or a list of (x, y) batches."
         )
+
+
+def generators_of(loader: Any) -> list[torch.Generator]:
+    """Return what a loader, and what chooses its examples, draw from; each once."""
+    batched = getattr(loader, "batch_sampler", None)
+    drawing = loader, getattr(loader, "sampler", None), batched, getattr(batched, "sampler", None)
+    found = [getattr(each, "generator", None) for each in drawing]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
 def placed(

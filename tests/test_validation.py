@@ -9,7 +9,7 @@ import pytest
 import torch
 from support import assert_close, assert_identical, batches, everything, mse, network
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, RandomSampler, TensorDataset
 
 import hypertorch
 from hypertorch import ValidationLoss
@@ -132,12 +132,18 @@ def test_shuffling_follows_the_seed():
     assert orders[0] != orders[1]
 
 
-OWN = pytest.mark.parametrize("own", [False, True], ids=["global randomness", "own generator"])
+OWN = pytest.mark.parametrize("own", ["nothing", "the loader", "the sampler"])
 
 
 def shuffled(own):
-    options = {"generator": torch.Generator().manual_seed(5)} if own else {}
-    return ValidationLoss(Recorder(), mse, numbers(10, shuffle=True, **options))
+    """With a generator that belongs to one of them."""
+    generator = torch.Generator().manual_seed(5)
+    options = {
+        "nothing": {"shuffle": True},
+        "the loader": {"shuffle": True, "generator": generator},
+        "the sampler": {"sampler": RandomSampler(range(10), generator=generator)},
+    }
+    return ValidationLoss(Recorder(), mse, numbers(10, **options[own]))
 
 
 @OWN
