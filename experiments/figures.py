@@ -156,14 +156,13 @@ def plot_path(axes: Axes, learned: Sequence[tuple[float, float]]) -> None:
     """
     lr, decay = np.array(learned).T
     colour = "#d62728"
-    axes.plot(lr[1:], decay[1:], color="white", linewidth=4)
-    axes.plot(lr[:2], decay[:2], color="white", linewidth=1.5, linestyle=":", label="trials")
+    axes.plot(lr, decay, color="white", linewidth=4)
+    axes.plot(lr[:2], decay[:2], color=colour, linewidth=2, linestyle=":", label="trials")
     axes.plot(lr[1:], decay[1:], color=colour, linewidth=2, label="learned path")
     marker: dict[str, Any] = {"color": colour, "markeredgecolor": "white", "linestyle": "none"}
     axes.plot(lr[0], decay[0], marker="o", markersize=11, label="start", **marker)
     axes.plot(lr[-1], decay[-1], marker="*", markersize=20, label="end", **marker)
-    legend = axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
-    legend.get_lines()[0].set_color("black")
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4, frameon=False)
 
 
 def save_figure(figure: Figure, path: Path) -> None:
