@@ -1,7 +1,7 @@
 """w̄_t = w̄_{t-1} + a_t (w_t − w̄_{t-1}), a_t = (1 − β) / (1 − βᵗ): weights without their noise."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -70,6 +70,20 @@ class Average:
     def carried(self) -> Carried:
         """Return what the next window needs."""
         return {"average": self.params, "count": self.count}
+
+
+def average_of(
+    decay: float | None, params: Sequence[Tensor], carried: Mapping[str, Any] | None
+) -> Average | None:
+    """Return w̄ of a window that begins, or `None` where β is `None`."""
+    return None if decay is None else Average(decay, params, carried)
+
+
+def weights_at(
+    average: Average | None, params: Sequence[Tensor], slots: Slots
+) -> AbstractContextManager[Sequence[Tensor]]:
+    """Return the weights that E is taken at, w̄ or the last ones, which the model holds within."""
+    return nullcontext(params) if average is None else average.in_place_of(params, slots)
 
 
 def _wide(param: Tensor) -> torch.dtype:

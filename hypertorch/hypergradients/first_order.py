@@ -3,16 +3,13 @@
 The gradients g_t of the inner loss count as constants; everything else of Φ is differentiated.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
 from ..dual_numbers import NoRule, dual
 from ..errors import UnsupportedError
 from ..state import State
-from .averages import Average, check_average
+from .averages import average_of, check_average, weights_at
 from .engine import (
     Carried,
     Engine,
@@ -175,10 +172,8 @@ class FirstOrderWindow(LiveWindow):
         carried: Carried | None,
     ) -> None:
         super().__init__(training)
-        self._tangents, self._decay = tangents, decay
-        self._average: Average | None = None
-        if decay is not None:
-            self._average = Average(decay, self.params, carried)
+        self._tangents = tangents
+        self._average = average_of(decay, self.params, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Carry z through Φ_t, then make the step."""
@@ -194,18 +189,12 @@ class FirstOrderWindow(LiveWindow):
         Raises:
             WindowError: E does not depend on the weights.
         """
-        values = self.training.values()
-        with self._weights() as params:
-            loss, gradient, direct = outer_gradient(outer_loss, params, values, self._decay)
-        part = "param" if self._average is None else "average"
+        values, average = self.training.values(), self._average
+        part, decay = ("param", None) if average is None else ("average", average.decay)
+        with weights_at(average, self.params, self.training.slots) as params:
+            loss, gradient, direct = outer_gradient(outer_loss, params, values, decay)
         along = self._tangents.along(gradient, part)
         return loss, {name: direct[name] + along[name] for name in direct}
-
-    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
-        """The weights that E is taken at, which the model holds within."""
-        if self._average is None:
-            return nullcontext(self.params)
-        return self._average.in_place_of(self.params, self.training.slots)
 
     def close(self) -> Carried | None:
         """Return w̄ and t, where the next window begins at the same weights."""

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from ..double_backward import TwiceDifferentiable
 from ..state import State, set_state
 from ..transition import Linearised, Transition
-from .averages import Average
+from .averages import average_of, weights_at
 from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
 from .linear_system import length
 
@@ -55,6 +54,7 @@ class ImplicitWindow(Window):
         self._transition: Transition | None = None
         self._linearised: Linearised | None = None
         self._before: list[Tensor] = self.params
+        self._average = average_of(engine.average, self.params, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
@@ -86,7 +86,7 @@ class ImplicitWindow(Window):
             WindowError: E is another model's.
         """
         values = self.training.values()
-        with self._weights() as params:
+        with weights_at(self._average, self.params, self.training.slots) as params:
             loss, at_weights, direct = outer_gradient(
                 outer_loss, params, values, self._engine.average
             )
@@ -108,10 +108,6 @@ class ImplicitWindow(Window):
         )
         through = system.pulled_back(found.value)
         return loss, {n: part + through[n] for n, part in direct.items()}
-
-    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
-        """The weights that E is taken at, which the model holds within."""
-        return nullcontext(self.params)
 
     def _present(self, params: Sequence[Tensor]) -> Linearised:
         """Return the step to differentiate: the last one."""
@@ -136,12 +132,6 @@ class LiveImplicitWindow(ImplicitWindow):
     With an average β that is a step from the averaged weights w̄, at which E is taken too.
     """
 
-    def __init__(self, engine: "Implicit", training: Training, carried: Carried | None) -> None:
-        super().__init__(engine, training, carried)
-        self._average: Average | None = None
-        if engine.average is not None:
-            self._average = Average(engine.average, self.params, carried)
-
     def step(self, step: TrainingStep) -> None:
         """Make the step by the optimizer itself."""
         self._transition = step.transition
@@ -153,12 +143,6 @@ class LiveImplicitWindow(ImplicitWindow):
         step.make(None)
         if self._average is not None:
             self._average.update(self.params)
-
-    def _weights(self) -> AbstractContextManager[Sequence[Tensor]]:
-        """The last weights, or w̄."""
-        if self._average is None:
-            return super()._weights()
-        return self._average.in_place_of(self.params, self.training.slots)
 
     def _present(self, params: Sequence[Tensor]) -> Linearised:
         """Return a step from these weights, along the engine's own loss."""
