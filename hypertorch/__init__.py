@@ -25,6 +25,7 @@ from .errors import (
 )
 from .functional import hypergradient
 from .hypergradients import (
+    Displacement,
     Engine,
     Evolution,
     FiniteDifferences,
@@ -56,6 +57,7 @@ __all__ = [
     "ArgumentTypeError",
     "CheckpointError",
     "ConjugateGradient",
+    "Displacement",
     "DivergenceError",
     "Engine",
     "Evolution",

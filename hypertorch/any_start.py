@@ -3,7 +3,7 @@
     η starts where ten steps lower E most                        (`search_lr`)
     λ starts where weights forget in ten epochs                  (`start_weight_decay`)
     E = min_β CE(β z, y) on validation data                      (`calibrated_cross_entropy`)
-    dE/dη = ∂_w E · z̄, the window without its Hessian            (`FirstOrder`)
+    dE/dη = ∂_w E · (w̄ − u) / η, by where η has led in a window  (`Displacement`)
     dE/dλ = −∂_w E |M|⁻¹ ∂_λ∇L, where training would rest        (`Implicit`, `Lanczos`)
     ρ moves by its hypergradient's sign, as far as that is sure  (`GatedSign`)
 
@@ -28,7 +28,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .arguments import whole
 from .calibration import calibrated_cross_entropy
 from .errors import ArgumentError, HypertorchWarning
-from .hypergradients import Engine, FirstOrder, Implicit, PerHyperparameter
+from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
@@ -197,7 +197,7 @@ def _engine(inner: "BatchLosses") -> Engine:
         warm_start=False,
         holds_preconditioner=True,
     )
-    return PerHyperparameter({"lr": FirstOrder(AVERAGE), "weight_decay": of_decay})
+    return PerHyperparameter({"lr": Displacement(AVERAGE), "weight_decay": of_decay})
 
 
 def _rhythm(options: Mapping[str, Any]) -> dict[str, Any]:

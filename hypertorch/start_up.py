@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .arguments import whole
+from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was
 from .hypergradients import OuterLoss
@@ -151,7 +152,7 @@ def start_weight_decay(
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
     optimizer.close()
     weakest, strongest = 0.1, 300.0  # T / τ
-    one = 1 / (_shrinking(optimizer) * steps)  # λ at T / τ = 1
+    one = 1 / (_rate_of_decay(optimizer) * steps)  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
     start = one * min(max(epochs / TIMESCALE, 1.0), strongest)
     decay.bound((weakest * one, strongest * one))
@@ -161,19 +162,18 @@ def start_weight_decay(
     return start
 
 
-def _shrinking(optimizer: HyperOptimizer) -> float:
+def _rate_of_decay(optimizer: HyperOptimizer) -> float:
     """Return η̂ of the first group: a step shrinks its weights by η̂ λ."""
     group, lr = optimizer.param_groups[0], optimizer.hyperparameters.get("lr")
     rate = float(group["lr"] if lr is None else lr.value.detach().flatten()[0])
-    if isinstance(optimizer.optimizer, torch.optim.SGD):
-        dampening = group["dampening"] if group["momentum"] else 0.0
-        return rate * (1 - float(dampening)) / (1 - float(group["momentum"]))
-    if group.get("decoupled_weight_decay"):
-        return rate
-    raise UnsupportedError(
-        f"`start_weight_decay` cannot tell what the decay of {type(optimizer.optimizer).__name__} "
-        "does to a weight: it passes through the second moment. Use AdamW, or SGD."
-    )
+    factor = shrinking(dynamics_of(optimizer.optimizer), group)
+    if factor is None:
+        raise UnsupportedError(
+            "`start_weight_decay` cannot tell what the decay of "
+            f"{type(optimizer.optimizer).__name__} does to a weight: it passes through the second "
+            "moment. Use AdamW, or SGD."
+        )
+    return rate * factor
 
 
 class _Search:

@@ -11,6 +11,7 @@ from .registry import (
     unrolled,
     write_setting,
 )
+from .shrinking import shrinking
 
 __all__ = [
     "Dynamics",
@@ -23,6 +24,7 @@ __all__ = [
     "register_dynamics",
     "rmsprop",
     "sgd",
+    "shrinking",
     "unrolled",
     "write_setting",
 ]

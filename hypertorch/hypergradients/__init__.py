@@ -1,5 +1,6 @@
 """dE/dλ by every method of the literature: one method per file, one interface."""
 
+from .displacement import Displacement
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .evolution import Evolution
 from .finite_differences import FiniteDifferences
@@ -13,6 +14,7 @@ from .unroll import Unroll
 
 __all__ = [
     "Carried",
+    "Displacement",
     "Engine",
     "Evolution",
     "FiniteDifferences",

@@ -10,7 +10,8 @@ from torch import Tensor
 from ..double_backward import TwiceDifferentiable
 from ..errors import ArgumentError
 from ..state import Slots
-from .engine import Carried
+from ..transition import Transition
+from .engine import Carried, Training
 
 
 def check_average(average: float | None, owner: str) -> None:
@@ -33,13 +34,18 @@ class Average:
         decay: β.
         params: the weights, whose values do not count yet.
         carried: the average to go on from, or a mapping without one.
+
+    Attributes:
+        count: t, of the weights taken in.
+        rate: a_t.
     """
 
     def __init__(
         self, decay: float, params: Sequence[Tensor], carried: Mapping[str, Any] | None
     ) -> None:
-        self.decay, self.count = decay, 0
-        self.params = [p.detach().to(_wide(p), copy=True) for p in params]
+        self.decay, self.count, self.rate = decay, 0, 0.0
+        self._latest: Transition | None = None
+        self.params = [p.detach().to(wide(p), copy=True) for p in params]
         if carried is not None and "average" in carried:
             self.count = carried["count"]
             self.params = [
@@ -47,12 +53,13 @@ class Average:
             ]
 
     @torch.no_grad()
-    def update(self, params: Sequence[Tensor]) -> float:
-        """Take in w_t; return a_t."""
-        self.count += 1
-        rate = (1 - self.decay) / (1 - self.decay**self.count)
-        torch._foreach_lerp_(self.params, [p.to(_wide(p)) for p in params], rate)
-        return rate
+    def update(self, params: Sequence[Tensor], made: Transition) -> float:
+        """Take in w_t, which the step `made` led to, once for all who ask; return a_t."""
+        if made is not self._latest:
+            self._latest, self.count = made, self.count + 1
+            self.rate = (1 - self.decay) / (1 - self.decay**self.count)
+            torch._foreach_lerp_(self.params, [p.to(wide(p)) for p in params], self.rate)
+        return self.rate
 
     @contextmanager
     def in_place_of(self, params: Sequence[Tensor], slots: Slots) -> Iterator[Sequence[Tensor]]:
@@ -73,10 +80,20 @@ class Average:
 
 
 def average_of(
-    decay: float | None, params: Sequence[Tensor], carried: Mapping[str, Any] | None
+    decay: float | None, training: Training, carried: Mapping[str, Any] | None
 ) -> Average | None:
-    """Return w̄ of a window that begins, or `None` where β is `None`."""
-    return None if decay is None else Average(decay, params, carried)
+    """Return w̄ of a window that begins, or `None` where β is `None`.
+
+    Windows of the same steps share theirs.
+    """
+    if decay is None:
+        return None
+    if training.averages is None or decay not in training.averages:
+        average = Average(decay, training.slots.params, carried)
+        if training.averages is None:
+            return average
+        training.averages[decay] = average
+    return training.averages[decay]
 
 
 def weights_at(
@@ -86,5 +103,6 @@ def weights_at(
     return nullcontext(params) if average is None else average.in_place_of(params, slots)
 
 
-def _wide(param: Tensor) -> torch.dtype:
+def wide(param: Tensor) -> torch.dtype:
+    """Return the dtype in which small changes of a weight are kept: float32 at the least."""
     return torch.promote_types(param.dtype, torch.float32)

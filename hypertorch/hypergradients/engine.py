@@ -7,7 +7,7 @@ not its business.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from ..errors import WindowError
 from ..hyperparameters import Hyperparameter, Setting, held_as
 from ..state import Slots, State
 from ..transition import Gradients, Transition
+
+if TYPE_CHECKING:
+    from .averages import Average
 
 OuterLoss = Callable[[], Tensor]
 
@@ -37,6 +40,7 @@ class Training:
             sees every training step.
         start: copies of the state that a window about to open starts from, to be read alone;
             `None` where nobody keeps any.
+        averages: w̄ by β, of windows that see the same steps; `None` for a window by itself.
     """
 
     optimizer: torch.optim.Optimizer
@@ -45,6 +49,7 @@ class Training:
     hyperparameters: Mapping[str, Hyperparameter]
     is_contiguous: bool = True
     start: State | None = None
+    averages: dict[float, "Average"] | None = None
 
     @property
     def settings(self) -> dict[str, Setting]:

@@ -173,7 +173,7 @@ class FirstOrderWindow(LiveWindow):
     ) -> None:
         super().__init__(training)
         self._tangents = tangents
-        self._average = average_of(decay, self.params, carried)
+        self._average = average_of(decay, training, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Carry z through Φ_t, then make the step."""
@@ -181,7 +181,7 @@ class FirstOrderWindow(LiveWindow):
         self._tangents.push(step.transition, state, [p.grad for p in state.params])
         step.make(None)
         if self._average is not None:
-            self._tangents.average(self._average.update(state.params))
+            self._tangents.average(self._average.update(state.params, step.transition))
 
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E, at the last weights or at the averaged ones, and the estimate of dE/dλ.

@@ -27,7 +27,7 @@ class Report:
         residual: ‖∂_s E − M v‖₂ / ‖∂_s E‖₂ of the linear system.
         converged: whether that reached the solver's tolerance.
         products: with M and Mᵀ, each about two gradients.
-        displacement: ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂ of the window's last step: 0 at a fixed point.
+        displacement: ‖Φ(s) − w‖₂ / ‖w‖₂ of the step that was differentiated: 0 at a fixed point.
         gap: E(s*) − E to first order, in E's units: what E would gain if training went on to its
             fixed point. Near 0, or the point is none; a mini-batch's differs from the data's.
     """
@@ -53,8 +53,7 @@ class ImplicitWindow(Window):
         self._adjoint: list[Tensor] | None = (carried or {}).get("adjoint")
         self._transition: Transition | None = None
         self._linearised: Linearised | None = None
-        self._before: list[Tensor] = self.params
-        self._average = average_of(engine.average, self.params, carried)
+        self._average = average_of(engine.average, training, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
@@ -64,10 +63,9 @@ class ImplicitWindow(Window):
         step.check(grads)
         with torch.no_grad():
             following = step.transition(self._state, grads)
-        self._before = self.params
         trained = [
             w if w is p else w.requires_grad_()
-            for w, p in zip(following.params, self._before, strict=True)
+            for w, p in zip(following.params, self.params, strict=True)
         ]
         self.params = self.training.slots.fill(trained)
         self._state = State(self.params, following.buffers)
@@ -90,7 +88,8 @@ class ImplicitWindow(Window):
             loss, at_weights, direct = outer_gradient(
                 outer_loss, params, values, self._engine.average
             )
-            system = self._engine.system(self._present(params))
+            present = self._present(params)
+            system = self._engine.system(present)
         rhs = system.rhs(at_weights)
         size = length(rhs)
         at_loss = length(g for g in system.linearised.grads if g is not None)
@@ -103,7 +102,7 @@ class ImplicitWindow(Window):
             residual=found.residual / (size or 1.0),
             converged=found.converged,
             products=found.matvecs,
-            displacement=_displacement(self._before, self.params),
+            displacement=_displacement(present),
             gap=system.gap(found.value).item(),
         )
         through = system.pulled_back(found.value)
@@ -135,14 +134,9 @@ class LiveImplicitWindow(ImplicitWindow):
     def step(self, step: TrainingStep) -> None:
         """Make the step by the optimizer itself."""
         self._transition = step.transition
-        with torch.no_grad():
-            if self._before is self.params:
-                self._before = [p.clone() for p in self.params]
-            else:
-                torch._foreach_copy_(self._before, list(self.params))
         step.make(None)
         if self._average is not None:
-            self._average.update(self.params)
+            self._average.update(self.params, step.transition)
 
     def _present(self, params: Sequence[Tensor]) -> Linearised:
         """Return a step from these weights, along the engine's own loss."""
@@ -159,8 +153,11 @@ class LiveImplicitWindow(ImplicitWindow):
         return carried or None
 
 
-def _displacement(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Return ‖w_t − w_{t-1}‖₂ / ‖w_{t-1}‖₂, over the weights that train."""
-    pairs = [(w, p) for w, p in zip(after, before, strict=True) if w.requires_grad]
+def _displacement(linearised: Linearised) -> float:
+    """Return ‖Φ(s) − w‖₂ / ‖w‖₂, over the weights that train."""
+    state = linearised.state
     with torch.no_grad():
+        grads = [None if g is None else g.detach() for g in linearised.grads]
+        after = linearised.transition(state, grads).params
+        pairs = [(w, p) for w, p in zip(after, state.params, strict=True) if p.requires_grad]
         return length([w - p for w, p in pairs]) / (length([p for _, p in pairs]) or 1.0)

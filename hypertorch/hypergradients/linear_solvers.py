@@ -228,18 +228,19 @@ class Lanczos(LinearSolver):
         b, size = system.b, norm(system.b)
         if size <= goal or self.max_steps == 0 or size == 0:
             return torch.zeros_like(b), b
-        basis, products = [b / size], list[Tensor]()
-        while len(products) < self.max_steps:
-            products.append(system.times(basis[-1]))
-            rest = products[-1]
+        space, image = b.new_empty(2, self.max_steps, len(b))  # Q and M Q, in rows
+        torch.div(b, size, out=space[0])
+        for k in range(1, self.max_steps + 1):
+            known, rest = space[:k], image[k - 1].copy_(system.times(space[k - 1]))
+            if k == self.max_steps:
+                break
             for _ in range(2):  # twice is enough for orthogonality to rounding
-                for q in basis:
-                    rest = rest - dot(q, rest) * q
+                rest = torch.addmv(rest, known.T, known @ rest, alpha=-1)
             length = finite(norm(rest), system)
-            if length <= torch.finfo(b.dtype).eps * norm(products[-1]) * len(b) ** 0.5:
+            if length <= torch.finfo(b.dtype).eps * norm(image[k - 1]) * len(b) ** 0.5:
                 break  # the span is invariant: nothing is left of b
-            basis.append(rest / length)
-        space, image = torch.stack(basis[: len(products)]), torch.stack(products)
+            torch.div(rest, length, out=space[k])
+        space, image = space[:k], image[:k]
         values, vectors = torch.linalg.eigh((image @ space.T + space @ image.T).double() / 2)
         largest = values.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
         weights = vectors @ (vectors[0] / values.abs().clamp(min=0.01 * largest))

@@ -123,6 +123,7 @@ class PerHyperparameter(Engine):
     def open(self, training: Training, carried: Carried | None = None) -> "SharedWindow":
         """Open a window of each engine at the present state."""
         parts = (carried or {}).get("parts", {})
+        training = replace(training, averages={})
         windows = {
             (names := _names(own)): engine.open(own, parts.get(names))
             for engine, own in self._shares(training)
