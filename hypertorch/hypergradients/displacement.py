@@ -146,7 +146,7 @@ class DisplacementWindow(LiveWindow):
         start = self.params if training.start is None else training.start.params
         self._past = [w.detach().to(wide(w), copy=True) for w in start]  # u
         self._rates = training.settings["lr"].group_means().tolist()
-        self._ahead: Sequence[Tensor] = ()  # w̄_0 − w_0, if w̄ began before this window
+        self._ahead: tuple[Tensor, ...] = ()  # w̄_0 − w_0, if w̄ began before this window
         self._left = 1.0  # Π_t (1 − a_t)
         if self._average is not None and self._average.count:
             self._ahead = torch._foreach_sub(self._average.params, self._past)
@@ -187,9 +187,9 @@ class DisplacementWindow(LiveWindow):
         with weights_at(average, self.params, self.training.slots) as params:
             loss, gradient, direct = outer_gradient(outer_loss, params, values, decay)
         with torch.no_grad():
-            moved = torch._foreach_sub(list(self._present), self._past)
+            moved = list(torch._foreach_sub(list(self._present), self._past))
             if self._ahead:
-                torch._foreach_sub_(moved, self._ahead, alpha=self._left)
+                torch._foreach_sub_(moved, list(self._ahead), alpha=self._left)
         through = _share(self.training.settings["lr"], gradient, moved)
         return loss, {"lr": direct["lr"] + through}
 
