@@ -87,6 +87,9 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
     if key is None:
         return f"{where}: {_first_line(text)}"
     if re.search(r"Key '.*' (is )?not in ", text):
+        group, _, choice = place["file"].partition("/") if place else ("", "", "")
+        if group in schema.TRAINING and f"object_type={schema.StudyRunConfig.__name__}" in text:
+            return f"{COMMAND_LINE}: this experiment does not use `{group}`. Leave `{group}={choice}` out."
         return f"{where}: {_unknown_key(key[1], _siblings(text))}"
     return f"{where}: `{key[1]}`: {_complaint(text)}"
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cross_entropy
 import hypertorch
 from experiments.config_errors import ConfigError, did_you_mean
 from experiments.loaders import TensorLoader
-from experiments.schema import AnyStartConfig, Config, HyperConfig, Schedule
+from experiments.schema import AnyStartConfig, Config, FixedConfig, HyperConfig, Schedule
 
 
 def build(node: Any, *args: Any, **extra: Any) -> Any:
@@ -37,7 +37,7 @@ def wrapped(
     """The optimizer that `hyper` chooses, around a bare one, for a cross-entropy.
 
     `hypertorch.from_any_start`, which makes its trials on the first batches of both loaders; a
-    `HyperOptimizer` that learns what `hyper.learn` names; or the bare optimizer if that is empty.
+    `HyperOptimizer` that learns what `hyper.learn` names; or the bare optimizer (`hyper=none`).
 
     Args:
         bare: of `config.optimizer`.
@@ -51,9 +51,11 @@ def wrapped(
         The optimizer.
 
     Raises:
-        ConfigError: if `hyper.outer` names no rule.
+        ConfigError: if `hyper.outer` names no rule, or `hyper.learn` nothing.
     """
     hyper, epoch = config.hyper, len(train_loader)
+    if OmegaConf.get_type(hyper) is FixedConfig:
+        return bare
     optional = {"window": hyper.window, "update_every": hyper.update_every}
     options = {name: value for name, value in optional.items() if value is not None}
     options |= {"steps_per_epoch": epoch, "writer": writer}
@@ -61,7 +63,7 @@ def wrapped(
         loaders, steps = (train_loader, validation_loader), config.run.epochs * epoch
         return hypertorch.from_any_start(bare, model, cross_entropy, *loaders, steps, **options)
     if not hyper.learn:
-        return bare
+        raise ConfigError("`hyper.learn` is empty. Name a setting, or choose `hyper=none`.")
     return hypertorch.HyperOptimizer(
         bare,
         model,

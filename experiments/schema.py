@@ -106,7 +106,7 @@ class AdamWConfig:
 
 @dataclass
 class HyperConfig:
-    """What `hypertorch.HyperOptimizer` learns, and how. `learn: {}` leaves the bare optimizer."""
+    """What `hypertorch.HyperOptimizer` learns, and how."""
 
     name: str = MISSING
     learn: dict[str, str] = field(default_factory=dict)  # e.g. {lr: group, weight_decay: tensor}
@@ -114,6 +114,13 @@ class HyperConfig:
     update_every: Any = None  # steps, or "epoch"
     outer: str = "GatedSign"  # or the name of a class of torch.optim
     outer_lr: float | None = None
+
+
+@dataclass
+class FixedConfig:
+    """Nothing is learned: the bare optimizer."""
+
+    name: str = "none"
 
 
 @dataclass
@@ -174,7 +181,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "task": {"digits": DigitsConfig, "fashion_mnist": FashionMNISTConfig, "mnist": MNISTConfig},
     "model": {"mlp": MLPConfig, "cnn": CNNConfig, "resnet18": ResNet18Config},
     "optimizer": {"sgd": SGDConfig, "adamw": AdamWConfig},
-    "hyper": {"learn": HyperConfig, "any_start": AnyStartConfig, "none": HyperConfig},
+    "hyper": {"learn": HyperConfig, "any_start": AnyStartConfig, "none": FixedConfig},
 }
 
 RUNS: dict[str, type] = {"training": RunConfig, "study": StudyRunConfig}

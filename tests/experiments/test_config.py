@@ -62,6 +62,10 @@ ON_THE_COMMAND_LINE = {
     "~optimizer": "command line: `optimizer` has no value. Give it one.",
     "hyper=any_start hyper.outer=Adam": "command line: unknown key `hyper.outer`. Available: "
     "hyper.name, hyper.update_every, hyper.window.",
+    "hyper=none hyper.window=3": "command line: unknown key `hyper.window`. Available: hyper.name.",
+    "experiment=ridge hyper=any_start": "command line: this experiment does not use `hyper`. "
+    "Leave `hyper=any_start` out.",
+    "experiment=ridge hyper=learn": "command line: `ridge` does not use `hyper`. Leave it out.",
     "hyper=any_start +hyper.learn.lr=group": "command line: unknown key `hyper.learn`. Available: "
     "hyper.name, hyper.update_every, hyper.window.",
 }
