@@ -89,7 +89,8 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
     if re.search(r"Key '.*' (is )?not in ", text):
         group, _, choice = place["file"].partition("/") if place else ("", "", "")
         if group in schema.TRAINING and f"object_type={schema.StudyRunConfig.__name__}" in text:
-            return f"{COMMAND_LINE}: this experiment does not use `{group}`. Leave `{group}={choice}` out."
+            option = f"{group}={choice}"
+            return f"{COMMAND_LINE}: this experiment does not use `{group}`. Leave `{option}` out."
         return f"{where}: {_unknown_key(key[1], _siblings(text))}"
     return f"{where}: `{key[1]}`: {_complaint(text)}"
 
