@@ -19,7 +19,7 @@ from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace, params_of
-from .transition import Gradients
+from .transition import Gradients, gradients
 
 
 def hypergradient(
@@ -102,10 +102,9 @@ def _step(
         return TrainingStep(groups.transition(), make, closure=closure)
     loss = closure()
     if engine.needs == "gradients":
-        trainable = [p for p in params if p.requires_grad]
-        found = torch.autograd.grad(loss, trainable, allow_unused=True)
-        for param, grad in zip(trainable, found, strict=True):
-            param.grad = grad
+        for param, grad in zip(params, gradients(loss, params), strict=True):
+            if param.requires_grad:
+                param.grad = grad
     return TrainingStep(groups.transition(), make, loss)
 
 

@@ -18,12 +18,12 @@ from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was
 from .hypergradients import OuterLoss
-from .hypergradients.recording import gradients
 from .hyperparameters import Setting
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .state import leaving_no_trace
+from .transition import gradients
 
 #: The share of its loss that the first step of the first trial would take away, about.
 MODEST = 0.01

@@ -284,6 +284,22 @@ def _trainable(params: Sequence[Tensor]) -> list[Tensor]:
     return [p for p in params if p.requires_grad]
 
 
+def gradients(
+    loss: Tensor, params: Sequence[Tensor], create_graph: bool = False
+) -> list[Tensor | None]:
+    """Return ∇loss, one entry per parameter: `None` where there is none.
+
+    Raises:
+        WindowError: the loss depends on none of them.
+    """
+    found = iter(
+        torch.autograd.grad(loss, _trainable(params), create_graph=create_graph, allow_unused=True)
+    )
+    grads = [next(found) if p.requires_grad else None for p in params]
+    check_dependence(grads)
+    return grads
+
+
 def check_dependence(grads: Gradients) -> None:
     """Raise if no weight has a gradient: the loss was computed from other weights."""
     if all(grad is None for grad in grads):

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..state import State, set_state
-from ..transition import Gradients, check_dependence
+from ..transition import gradients
 from .engine import (
     Carried,
     Engine,
@@ -68,7 +68,8 @@ class OneStepWindow(Window):
 
     def step(self, step: TrainingStep) -> None:
         """Make s_t = Φ_t(s_{t-1}, λ), with s_{t-1} constant, and let go of the step before."""
-        grads = self._gradient(step.with_graph())
+        has_graph = bool(self.training.in_loss)  # of ∇L, where λ is in it
+        grads = gradients(step.with_graph(), self.params, create_graph=has_graph)
         step.check(grads)
         before = State([p.detach() for p in self.params], self._buffers)
         self._last = step.transition(before, grads)
@@ -78,18 +79,6 @@ class OneStepWindow(Window):
         self.params = self.training.slots.fill(
             [old if g is None else new.requires_grad_() for old, new, g in weights]
         )
-
-    def _gradient(self, loss: Tensor) -> Gradients:
-        """Return ∇L per parameter, with its graph where λ is in it."""
-        trainable = [p for p in self.params if p.requires_grad]
-        found = iter(
-            torch.autograd.grad(
-                loss, trainable, create_graph=bool(self.training.in_loss), allow_unused=True
-            )
-        )
-        grads = [next(found) if p.requires_grad else None for p in self.params]
-        check_dependence(grads)
-        return grads
 
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E and dE/dλ; one that neither the last step nor E depends on is exactly zero.

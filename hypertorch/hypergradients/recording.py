@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
 from ..state import ModuleBuffers, State, TorchRandomState, leaving_no_trace
-from ..transition import Transition, check_dependence
+from ..transition import Transition, gradients
 from .engine import OuterLoss, Training, TrainingStep
 
 
@@ -157,15 +157,6 @@ class Recording:
                     "functools.partial(loss_fn, x, y), and draw random numbers from torch's "
                     "global generator."
                 )
-
-
-def gradients(loss: Tensor, params: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return ∇loss, one entry per parameter: `None` where there is none."""
-    trainable = [p for p in params if p.requires_grad]
-    found = iter(torch.autograd.grad(loss, trainable, allow_unused=True))
-    grads = [next(found) if p.requires_grad else None for p in params]
-    check_dependence(grads)
-    return grads
 
 
 def as_leaves(params: Sequence[Tensor], live: Sequence[Tensor]) -> list[Tensor]:
