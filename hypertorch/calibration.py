@@ -13,6 +13,8 @@ from .errors import ArgumentError
 
 #: Newton's steps, each of which changes β by a factor of two at most, and the range of β · std(z).
 _STEPS, _LOWEST, _HIGHEST = 24, 1e-3, 1e3
+#: A step that changes β by less is the last: the next would change it by the square of that.
+_SETTLED = 1e-5
 
 
 def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
@@ -37,7 +39,8 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     Raises:
         ArgumentError: the shapes are not those of classes and their numbers.
 
-    Cost: one cross-entropy with its gradient, and 24 softmaxes of z. No host synchronisation.
+    Cost: one cross-entropy with its gradient, and the softmaxes of z that Newton's method takes,
+    five to ten on a CPU, and 24 elsewhere, where nothing waits to see whether β has settled.
 
     Example:
         >>> z, y = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1, 1])
@@ -74,7 +77,10 @@ def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Te
         mean = (p * z).sum(1)
         variance = ((p * z * z).sum(1) - mean * mean).mean()
         newton = beta - (mean.mean() - taught) / variance.clamp(min=1e-12)
+        before = beta
         beta = torch.minimum(torch.maximum(newton, beta / 2), beta * 2).clamp(_LOWEST, _HIGHEST)
+        if beta.is_cpu and abs(beta / before - 1) <= _SETTLED:
+            break
     return (beta / scale).to(logits.dtype)
 
 
