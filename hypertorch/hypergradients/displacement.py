@@ -170,9 +170,8 @@ class DisplacementWindow(LiveWindow):
         start = 0
         for group, rate in zip(transition.groups, rates, strict=True):
             own = slice(start, start := start + len(group["params"]))
-            share = min(1.0, rate * _decay(transition, group))
-            if share:
-                past = self._past[own]
+            past, share = self._past[own], min(1.0, rate * _decay(transition, group))
+            if past and share:
                 present = [w.to(u) for w, u in zip(self._present[own], past, strict=True)]
                 torch._foreach_lerp_(past, present, share)
 

@@ -232,6 +232,15 @@ def test_a_resumed_run_is_the_run_that_went_on(average: float | None) -> None:
     assert optimizer.cost == 15 + 5
 
 
+def test_a_param_group_may_be_empty() -> None:
+    problem = Problem(optim.SGD, {"lr": 0.1, "weight_decay": 0.2})
+    problem.bare.add_param_group({"params": []})
+    losses = [partial(problem.linear, t) for t in range(4)]
+    found = problem.by(Displacement(), losses, "lr")
+    assert_equal(found, problem.by(Unroll(), losses, "lr"))
+    assert found["lr"][0] != 0 and found["lr"][1] == 0
+
+
 def test_weights_in_half_precision_give_about_the_same() -> None:
     """As in double precision; w̄ and u are in float32."""
     model = nn.Linear(8, 4).to(torch.bfloat16)
