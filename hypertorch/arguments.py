@@ -1,9 +1,8 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -227,18 +226,18 @@ def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor
         )
 
 
-@contextmanager
-def one_backward() -> Iterator[None]:
-    """Say what to remove where the user has run backward before `step(loss)` does."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "backward through the graph a second time" not in str(error):
-            raise
-        raise WindowError(
-            "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
-            "remove `loss.backward()`, or make a plain step, `step()`, after it."
-        ) from error
+def explain(error: RuntimeError) -> NoReturn:
+    """Raise a step's error again, or say what to remove where the user has run backward before it.
+
+    Raises:
+        WindowError: the loss's graph was used up.
+    """
+    if "backward through the graph a second time" not in str(error):
+        raise error
+    raise WindowError(
+        "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
+        "remove `loss.backward()`, or make a plain step, `step()`, after it."
+    ) from error
 
 
 def group_params(param_group: Any) -> list[Tensor]:

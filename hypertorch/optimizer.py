@@ -26,7 +26,7 @@ from .param_groups import load_optimizer
 from .safeguards import Diverged, Safeguards
 from .state import Slots
 from .transition import Gradients
-from .wrapper import OptimizerWrapper
+from .wrapper import OptimizerWrapper, hooked
 
 Learn = Iterable[str | Hyperparameter] | Mapping[str, str | Hyperparameter]
 
@@ -160,6 +160,7 @@ class HyperOptimizer(OptimizerWrapper):
 
     # One training step.
 
+    @hooked
     def step(self, loss: Any = None, *, closure: Any = None) -> Any:  # type: ignore[override]
         """Make one training step, and an outer update when one is due.
 
@@ -180,24 +181,24 @@ class HyperOptimizer(OptimizerWrapper):
         """
         inner = InnerLoss(loss if closure is None else closure, self._params())
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
-        with arguments.one_backward():
+        try:
             if self._loop is None:
                 self._plain_step(inner)
                 self._steps += 1
             else:
                 self._learning_step(self._loop, inner)
+        except RuntimeError as error:
+            arguments.explain(error)
         return inner.loss
 
     def _learning_step(self, loop: OuterLoop, inner: InnerLoss) -> None:
         was_due = loop.is_window_due
         try:
             loop.see_to_snapshot()
-            if was_due and not inner.suits(loop.engine):
+            is_missing = was_due and not inner.suits(loop.engine)
+            if is_missing:
                 self._refuse_or_warn(loop)
-                self._plain_step(inner)
-                self._steps += 1
-                return
-            if not was_due:
+            if is_missing or not was_due:
                 self._plain_step(inner)
             elif loop.cut_if_written_to(inner.loss):
                 inner.has_gradients = inner.has_gradients or inner.loss is not None
@@ -205,7 +206,7 @@ class HyperOptimizer(OptimizerWrapper):
             else:
                 loop.window_step(self._window_step(loop, inner))
             self._steps += 1
-            if loop.advance():
+            if not is_missing and loop.advance():
                 self._record(loop)
         except Diverged as reason:
             loop.roll_back(reason)
@@ -331,11 +332,10 @@ class HyperOptimizer(OptimizerWrapper):
         bare = {k: v for k, v in state_dict.items() if k != "hypertorch"}
         load_optimizer(self.optimizer, bare)
         self._steps = own["steps"] if own else 0
-        if self._loop is not None:
-            if own:
-                self._loop.load_state_dict(own)
-            else:
-                self._loop.restart()
+        if self._loop is not None and own:
+            self._loop.load_state_dict(own)
+        elif self._loop is not None:
+            self._loop.restart()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._loop:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .entries import MANY
 from .errors import ArgumentError
+from .wrapper import hooked
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
 
@@ -67,6 +68,7 @@ class GatedSign(torch.optim.Optimizer):
             )
         super().__init__(params, {"max_step": max_step, "decay": decay})
 
+    @hooked
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Move every ρ that has a gradient."""

@@ -4,13 +4,42 @@ References to `state` and `param_groups` are never shared but looked up, so that
 which replaces them, and pickle and deepcopy keep the two together.
 """
 
-from typing import Any
+import functools
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
 from .errors import WindowError
 from .state import params_of
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def hooked(step: Callable[P, R]) -> Callable[P, R]:
+    """Return an optimizer's `step` with its hooks and, while a profile is taken, its label there.
+
+    Torch wraps every `step` so, and labels it always, at 4 % of a small network's step.
+    """
+    by_torch = torch.optim.Optimizer.profile_hook_step(step)
+
+    @functools.wraps(step)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        self: Any = args[0]
+        has_hooks = (
+            self._optimizer_step_pre_hooks
+            or self._optimizer_step_post_hooks
+            or _global_optimizer_pre_hooks
+            or _global_optimizer_post_hooks
+        )
+        is_plain = not (has_hooks or torch.autograd._profiler_enabled())
+        return (step if is_plain else by_torch)(*args, **kwargs)
+
+    run.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
+    return run
 
 
 class OptimizerWrapper(torch.optim.Optimizer):

@@ -94,6 +94,15 @@ def test_a_global_step_hook_runs_once_per_step(outer):
     assert calls.count(False) == (0 if outer is None else 2)
 
 
+def test_a_profile_shows_the_steps_of_both_optimizers_by_torchs_labels():
+    model, optimizer = setup(window=1, update_every=3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, optimizer, batches(3))
+    labels = [event.name for event in profile.events()]
+    assert labels.count("Optimizer.step#HyperOptimizer.step") == 3
+    assert labels.count("Optimizer.step#GatedSign.step") == 1
+
+
 @pytest.mark.parametrize("where", ["wrapper", "wrapped"])
 def test_hooks_on_saving_and_loading_run_once(where):
     model, optimizer = setup()
