@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .entries import MANY
 from .errors import ArgumentError
@@ -90,12 +91,11 @@ class GatedSign(torch.optim.Optimizer):
         """Move several ρ as one vector."""
         rows = zip(*[(raw, *self._averages(raw)) for raw in raws], strict=True)
         parts = [tensor for row in rows for tensor in row]
-        gradient = torch.cat([raw.grad.reshape(-1) for raw in raws if raw.grad is not None])
-        before = torch.cat([part.reshape(-1) for part in parts]).view(4, -1)
+        gradient = _flatten_dense_tensors([raw.grad for raw in raws])
+        before = _flatten_dense_tensors(parts).view(4, -1)
         after = torch.stack(_moved(gradient, *before.unbind(), max_step=max_step, decay=decay))
         kept = torch.where(gradient != 0, after, before).view(-1)
-        pieces = zip(kept.split([part.numel() for part in parts]), parts, strict=True)
-        torch._foreach_copy_(parts, [piece.view(part.shape) for piece, part in pieces])
+        torch._foreach_copy_(parts, _unflatten_dense_tensors(kept, parts))
 
     def _move_some_of(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
         """Move the entries of a ρ that have a hypergradient: a batch's, of a weight per example."""
@@ -148,7 +148,7 @@ def _moved(
     # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
     rms = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
     t = _t_statistic(mean, rms, 1 - decay**seen, decay)
-    step = max_step * (torch.nn.functional.softshrink(t, 1.0) / 2).clamp(-1, 1)
+    step = max_step / 2 * torch.nn.functional.softshrink(t, 1.0).clamp(-2, 2)
     return raw - step, seen, mean, rms
 
 

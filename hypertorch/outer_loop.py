@@ -76,7 +76,7 @@ class OuterLoop:
         self._losses: list[Tensor] = []
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
-        self.inner_loss_value: Tensor | None = None
+        self._inner_losses: list[Tensor] = []
         self.engine.check(self._new_training())
         self.rule = self._new_rule()
         self.groups.start()
@@ -99,6 +99,11 @@ class OuterLoop:
 
     def _new_rule(self) -> torch.optim.Optimizer:
         return self._factory([h.raw for h in self.hyperparameters.values()])
+
+    @property
+    def inner_loss_value(self) -> Tensor | None:
+        """The mean inner loss of the latest update's window; `None` before, or where unknown."""
+        return torch.stack(self._inner_losses).mean() if self._inner_losses else None
 
     @property
     def is_window_due(self) -> bool:
@@ -222,7 +227,7 @@ class OuterLoop:
         self.close()
         self.overhead += self.engine.cost(horizon, self.training) + unforeseen - horizon
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
-        self.inner_loss_value = torch.stack(losses).mean() if losses else None
+        self._inner_losses = losses
         self._move(hypergradients)
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:

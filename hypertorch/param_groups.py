@@ -27,12 +27,16 @@ class LearnedGroups:
     Args:
         optimizer: the bare optimizer, whose groups are live.
         settings: the learned settings, by name.
+
+    Attributes:
+        are_scalar: whether torch's own step can use what is learned.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: Mapping[str, Setting]) -> None:
         self.optimizer = optimizer
         self.dynamics = dynamics_of(optimizer)
         self.settings = dict(settings)
+        self.are_scalar = all(setting.is_scalar for setting in self.settings.values())
         self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
         self._published: dict[str, list[float]] = {}
         self._expected: list[tuple[int, str, float]] = []  # what the groups must still hold
@@ -40,11 +44,6 @@ class LearnedGroups:
     @property
     def _groups(self) -> list[dict[str, Any]]:
         return self.optimizer.param_groups
-
-    @property
-    def are_scalar(self) -> bool:
-        """Whether torch's own step can use what is learned."""
-        return all(setting.is_scalar for setting in self.settings.values())
 
     def schedule(self, group: int) -> float:
         """Return schedule(t) of one group: 1 while nobody else writes its `lr`."""

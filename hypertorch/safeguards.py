@@ -73,9 +73,8 @@ class Safeguards:
         """
         snapshot = Snapshot(optimizer, module_buffers)
         if self.has_snapshot:
-            first, *others = torch._foreach_norm(snapshot.state.params)
-            total = torch.stack([first, *(norm.to(first) for norm in others)]).sum()
-            if not math.isfinite(total.item()):
+            norms = torch._foreach_norm(snapshot.state.params)
+            if not all(map(math.isfinite, torch.stack([n.to(norms[0]) for n in norms]).tolist())):
                 raise Diverged("a weight is not finite")
         self._candidate = snapshot, _raws(hyperparameters)
         self._good = self._good or self._candidate
@@ -139,7 +138,7 @@ class Safeguards:
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
         known = [h.values() if h.is_sparse else h for h in hypergradients.values()]
-        largest = torch._foreach_max(torch._foreach_abs(known))
+        largest = torch._foreach_norm(known, math.inf)
         loss, *sizes = torch.stack([outer_loss.to(largest[0]), *largest]).tolist()
         if not math.isfinite(loss):
             raise Diverged(f"the outer loss is {loss}")

@@ -232,6 +232,7 @@ class LinearTangents:
             learned = {
                 name: _spread(setting, _on_host(setting.value), kind.group, own_places)
                 for name, setting in self._steps[-1].transition.settings.items()
+                if name not in values
             } | {
                 name: seed(name, _spread(setting, values[name], kind.group, own_places))
                 for name, setting in self.settings.items()
@@ -318,7 +319,7 @@ class LinearTangents:
 
 
 def _on_host(value: Tensor) -> Tensor:
-    return value.detach().cpu().double()
+    return value.detach().to("cpu", torch.float64)
 
 
 def _spread(setting: Setting, value: Tensor, group: int, places: list[int]) -> Tensor:

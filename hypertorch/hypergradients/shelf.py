@@ -20,13 +20,12 @@ class Spare:
     def __init__(self) -> None:
         self._blocks: list[Tensor] = []
 
-    def take(self, rows: int, like: Tensor) -> Tensor:
-        """Return a block of so many rows like the vector `like`; what it holds is arbitrary."""
+    def take(self, shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a block of such rows; what it holds is arbitrary."""
         for i, block in enumerate(self._blocks):
-            same = (block.dtype, block.device) == (like.dtype, like.device)
-            if same and block.shape == (rows, like.numel()):
+            if (block.shape, block.dtype, block.device) == (shape, dtype, device):
                 return self._blocks.pop(i)
-        return like.new_empty(rows, like.numel())
+        return torch.empty(shape, dtype=dtype, device=device)
 
     def keep(self, blocks: Sequence[Tensor]) -> None:
         """Take blocks back; what nobody took since the last time is let go."""
@@ -51,28 +50,24 @@ class Shelf:
     Attributes:
         blocks: the rows that were copied, in matrices.
         count: how many rows are in use.
+        numel: how many numbers a row has.
     """
 
     def __init__(self, places: Sequence[int], params: Sequence[Tensor], spare: Spare) -> None:
         self.places = list(places)
         self._sizes = [params[i].numel() for i in places]
-        first = params[places[0]].detach()
-        wide = torch.promote_types(first.dtype, torch.float32)
-        self._like = first.new_empty((), dtype=wide).expand(sum(self._sizes))
+        self._dtype = torch.promote_types(params[places[0]].dtype, torch.float32)
+        self._device = params[places[0]].device
+        self.numel = sum(self._sizes)
         self._spare = spare
         self.blocks: list[Tensor] = []
         self.count = 0
         self._held: list[list[Tensor]] = []  # the first rows, tensor by tensor
 
-    @property
-    def numel(self) -> int:
-        """How many numbers a row has."""
-        return self._like.numel()
-
     @torch.no_grad()
     def hold(self, tensors: Sequence[Any]) -> None:
         """Add a row before any is `put`: of tensors that nobody writes to; `None` is zero."""
-        self._held.append([part.to(self._like.dtype) for part in self._parts(tensors)])
+        self._held.append([part.to(self._dtype) for part in self._parts(tensors)])
         self.count += 1
 
     @torch.no_grad()
@@ -81,7 +76,7 @@ class Shelf:
         position = self.count - len(self._held) - sum(len(block) for block in self.blocks[:-1])
         if not self.blocks or position == len(self.blocks[-1]):
             rows = ROWS[min(len(self.blocks), len(ROWS) - 1)]
-            self.blocks.append(self._spare.take(rows, self._like))
+            self.blocks.append(self._spare.take((rows, self.numel), self._dtype, self._device))
             position = 0
         row = self.blocks[-1][position : position + 1]
         torch.cat(self._parts(tensors), dim=1, out=row)
@@ -89,9 +84,12 @@ class Shelf:
 
     def _parts(self, tensors: Sequence[Any]) -> list[Tensor]:
         return [
-            self._like.new_zeros(1, size) if tensors[i] is None else tensors[i].reshape(1, -1)
+            self._zeros(1, size) if tensors[i] is None else tensors[i].reshape(1, -1)
             for i, size in zip(self.places, self._sizes, strict=True)
         ]
+
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(shape, dtype=self._dtype, device=self._device)
 
     @torch.no_grad()
     def products(self, vector: Sequence[Tensor | None]) -> Tensor:
@@ -104,11 +102,11 @@ class Shelf:
         for i, rows in zip(self.places, self._columns(), strict=True):
             own = vector[i]
             if own is None:
-                found.append(self._like.new_zeros(self.count))
+                found.append(self._zeros(self.count))
             else:
-                along = own.reshape(-1).to(self._like.dtype)
+                along = own.reshape(-1).to(self._dtype)
                 found += [torch.mv(block, along) for block in rows]
-        return torch.cat(found).view(len(self.places), -1).T.cpu().double()
+        return torch.cat(found).view(len(self.places), -1).T.to("cpu", torch.float64)
 
     def combined(self, coefficients: Tensor) -> dict[int, Tensor]:
         """Return combinations of the rows, by the tensors' positions.
@@ -116,7 +114,7 @@ class Shelf:
         Args:
             coefficients: of shape (combinations, rows, tensors).
         """
-        factors = coefficients.to(self._like).unbind(-1)
+        factors = coefficients.to(self._device, self._dtype).unbind(-1)
         found = {}
         for i, factor, rows in zip(self.places, factors, self._columns(), strict=True):
             found[i] = factor.new_zeros(len(factor), rows[0].shape[1])
