@@ -163,8 +163,7 @@ class Hyperparameter:
     def clamp_(self) -> None:
         """Bring λ back inside `bounds`, if there are any."""
         if self.bounds is not None:
-            with torch.no_grad():
-                self.raw.clamp_(*self._raw_bounds)
+            self.raw.detach().clamp_(*self._raw_bounds)
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move ρ and λ to where the weights are."""

@@ -207,8 +207,7 @@ class Safeguards:
 
 
 def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:
-    with torch.no_grad():
-        return {name: h.raw.clone() for name, h in hyperparameters.items()}
+    return {name: h.raw.detach().clone() for name, h in hyperparameters.items()}
 
 
 def _probe(grads: Sequence[Tensor | None]) -> Tensor:

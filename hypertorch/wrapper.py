@@ -22,7 +22,8 @@ R = TypeVar("R")
 def hooked(step: Callable[P, R]) -> Callable[P, R]:
     """Return an optimizer's `step` with its hooks and, while a profile is taken, its label there.
 
-    Torch wraps every `step` so, and labels it always, at 4 % of a small network's step.
+    Torch wraps every `step` so, and labels it always, at 4 % of a small network's step. Where a
+    subclass has a `step` of its own, that one has the hooks.
     """
     by_torch = torch.optim.Optimizer.profile_hook_step(step)
 
@@ -35,8 +36,8 @@ def hooked(step: Callable[P, R]) -> Callable[P, R]:
             or _global_optimizer_pre_hooks
             or _global_optimizer_post_hooks
         )
-        is_plain = not (has_hooks or torch.autograd._profiler_enabled())
-        return (step if is_plain else by_torch)(*args, **kwargs)
+        is_seen = bool(has_hooks) or torch.autograd._profiler_enabled()
+        return (by_torch if is_seen and type(self).step is run else step)(*args, **kwargs)
 
     run.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
     return run

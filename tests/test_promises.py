@@ -94,6 +94,24 @@ def test_a_global_step_hook_runs_once_per_step(outer):
     assert calls.count(False) == (0 if outer is None else 2)
 
 
+def test_a_step_hook_runs_once_around_a_step_that_a_subclass_adds_to():
+    class Counting(HyperOptimizer):
+        steps = 0
+
+        def step(self, loss=None, **kwargs):
+            self.steps += 1
+            return super().step(loss, **kwargs)
+
+    model, calls = network(), []
+    optimizer = Counting(
+        built("SGD", model), model, lambda: mse(model(batches(1)[0][0]), batches(1)[0][1])
+    )
+    optimizer.register_step_pre_hook(lambda *_: calls.append("pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("post"))
+    train(model, optimizer, batches(3))
+    assert optimizer.steps == 3 and calls == ["pre", "post"] * 3
+
+
 def test_a_profile_shows_the_steps_of_both_optimizers_by_torchs_labels():
     model, optimizer = setup(window=1, update_every=3)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:

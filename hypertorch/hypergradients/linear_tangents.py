@@ -123,6 +123,7 @@ class LinearTangents:
         self._keys: list[tuple[str, ...]] = []  # of each weight's buffers at the start
         self._group: list[int] = []
 
+    @torch.no_grad()
     def push(self, transition: Transition, state: State, grads: Gradients) -> None:
         """z ← ∂Φ/∂s · z + ∂Φ/∂λ at s_{t-1}.
 

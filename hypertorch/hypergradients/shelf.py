@@ -64,13 +64,11 @@ class Shelf:
         self.count = 0
         self._held: list[list[Tensor]] = []  # the first rows, tensor by tensor
 
-    @torch.no_grad()
     def hold(self, tensors: Sequence[Any]) -> None:
         """Add a row before any is `put`: of tensors that nobody writes to; `None` is zero."""
         self._held.append([part.to(self._dtype) for part in self._parts(tensors)])
         self.count += 1
 
-    @torch.no_grad()
     def put(self, tensors: Sequence[Any]) -> None:
         """Add a row with copies of the state's `tensors`: zero where there is none."""
         position = self.count - len(self._held) - sum(len(block) for block in self.blocks[:-1])
