@@ -33,7 +33,7 @@ from .hypergradients.linear_solvers import Lanczos
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .start_up import search_lr, start_weight_decay
-from .state import leaving_no_trace
+from .surroundings import leaving_no_trace
 from .validation import Batch, ValidationLoss, check_loader, generators_of, placed
 
 Criterion = Callable[[Tensor, Any], Tensor]

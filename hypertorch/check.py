@@ -19,7 +19,7 @@ from .functional import hypergradient
 from .hypergradients import Engine, FiniteDifferences, OuterLoss, Unroll
 from .inner_loss import one_batch
 from .optimizer import HyperOptimizer
-from .state import leaving_no_trace
+from .surroundings import leaving_no_trace
 
 _EPSILON = 2.2e-16
 

@@ -18,7 +18,10 @@ from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
-from .state import ModuleBuffers, Slots, Snapshot, leaving_no_trace, params_of
+from .slots import Slots
+from .snapshot import Snapshot
+from .state import params_of
+from .surroundings import ModuleBuffers, leaving_no_trace
 from .transition import Gradients, gradients
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from .arguments import check_loss
 from .errors import ArgumentError, WindowError
 from .hypergradients import Engine, OuterLoss
-from .state import leaving_no_trace
+from .surroundings import leaving_no_trace
 from .validation import ValidationLoss
 
 

@@ -24,7 +24,7 @@ from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
 from .param_groups import load_optimizer
 from .safeguards import Diverged, Safeguards
-from .state import Slots
+from .slots import Slots
 from .transition import Gradients
 from .wrapper import OptimizerWrapper, hooked
 

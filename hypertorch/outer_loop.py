@@ -23,7 +23,9 @@ from .inner_loss import checked_outer, guarded
 from .outer import OuterFactory, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
-from .state import ModuleBuffers, Slots, State, params_of
+from .slots import Slots
+from .state import State, params_of, versions
+from .surroundings import ModuleBuffers
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
 _TRANSIENT = ("training", "_switches", "_open", "_finalizer", "_before")
@@ -122,10 +124,7 @@ class OuterLoop:
         else:
             self._switches.release()
         if not self._open and (self.is_window_due or not self.safeguards.has_snapshot):
-            self._before = self._versions(), ModuleBuffers(self.model)
-
-    def _versions(self) -> list[int]:
-        return [p._version for p in params_of(self.optimizer)]
+            self._before = versions(params_of(self.optimizer)), ModuleBuffers(self.model)
 
     def see_to_snapshot(self) -> None:
         """See that there is a state to roll back to, and no old one where windows never open.
@@ -146,8 +145,8 @@ class OuterLoop:
         loaded a model since.
         """
         self._age = 0
-        versions, buffers = self._before
-        if versions != self._versions():
+        before, buffers = self._before
+        if before != versions(params_of(self.optimizer)):
             buffers = ModuleBuffers(self.model)
         return self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 

@@ -14,7 +14,9 @@ from torch import Tensor
 from .constraints import to_raw
 from .errors import DivergenceError
 from .hyperparameters import Hyperparameter
-from .state import ModuleBuffers, Snapshot, State
+from .snapshot import Snapshot
+from .state import State
+from .surroundings import ModuleBuffers
 
 #: s and the module buffers at one moment, and ρ by name.
 _Remembered = tuple[Snapshot, dict[str, Tensor]]

@@ -22,7 +22,7 @@ from .hyperparameters import Setting
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
-from .state import leaving_no_trace
+from .surroundings import leaving_no_trace
 from .transition import gradients
 
 #: The share of its loss that the first step of the first trial would take away, about.

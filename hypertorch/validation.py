@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ArgumentError, ArgumentTypeError
-from .state import leaving_no_trace
+from .surroundings import leaving_no_trace
 
 Batch = tuple[Any, Any]
 

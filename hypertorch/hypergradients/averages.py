@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..double_backward import TwiceDifferentiable
 from ..errors import ArgumentError
-from ..state import Slots
+from ..slots import Slots
 from ..transition import Transition
 from .engine import Carried, Training
 

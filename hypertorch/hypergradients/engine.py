@@ -15,7 +15,8 @@ from torch import Tensor
 from ..dynamics import Dynamics
 from ..errors import WindowError
 from ..hyperparameters import Hyperparameter, Setting, held_as
-from ..state import Slots, State
+from ..slots import Slots
+from ..state import State, versions
 from ..transition import Gradients, Transition
 
 if TYPE_CHECKING:
@@ -128,12 +129,12 @@ class Window(ABC):
 
     def follow(self) -> None:
         """Take the weights' present values as this window's own doing."""
-        self._versions = [p._version for p in self.params]
+        self._versions = versions(self.params)
 
     @property
     def was_written_to(self) -> bool:
         """Whether someone else changed a weight in place: the window no longer describes it."""
-        return self._versions != [p._version for p in self.params]
+        return self._versions != versions(self.params)
 
     @abstractmethod
     def step(self, step: TrainingStep) -> None:

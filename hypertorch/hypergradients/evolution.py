@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError
-from ..state import ModuleBuffers, RandomState, State, leaving_no_trace
+from ..state import State
+from ..surroundings import ModuleBuffers, RandomState, leaving_no_trace
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep
 from .recording import Moment, Recording
 

@@ -17,7 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
-from ..state import ModuleBuffers, State, TorchRandomState, leaving_no_trace
+from ..state import State
+from ..surroundings import ModuleBuffers, TorchRandomState, leaving_no_trace
 from ..transition import Transition, gradients
 from .engine import OuterLoss, Training, TrainingStep
 

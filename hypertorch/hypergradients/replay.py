@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..state import ModuleBuffers, Parts, State
+from ..state import Parts, State
+from ..surroundings import ModuleBuffers
 from ..transition import Linearised, vjp
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, outer_gradient
 from .recording import Moment, NewMemory, Recording, as_leaves

@@ -26,7 +26,7 @@ from hypertorch import (
 from hypertorch.dynamics import dynamics_of
 from hypertorch.hypergradients import Training
 from hypertorch.param_groups import LearnedGroups
-from hypertorch.state import Slots
+from hypertorch.slots import Slots
 
 STILL = partial(torch.optim.SGD, lr=0.0)
 

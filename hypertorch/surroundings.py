@@ -1,0 +1,95 @@
+"""What a pass through a model moves besides s: module buffers, modes and random numbers.
+
+All of it can be put back, so that a pass leaves no trace, and a step can be made again.
+"""
+
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from copy import copy
+
+import torch
+from torch import Tensor, nn
+
+
+class ModuleBuffers:
+    """The buffers of a model's modules (BatchNorm statistics, …) at one moment.
+
+    Cost: one copy of them.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [
+            (module, name, buffer, buffer._version, buffer.clone())
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
+
+    def values(self) -> list[Tensor]:
+        """Return the copies."""
+        return [value for *_, value in self._saved]
+
+    def holding(self, values: Sequence[Tensor]) -> "ModuleBuffers":
+        """Return the same buffers with other values to restore, in the same order."""
+        other = copy(self)
+        pairs = zip(self._saved, values, strict=True)
+        other._saved = [(*saved[:-1], value) for saved, value in pairs]
+        return other
+
+    def restore(self) -> None:
+        """Put the same tensors back, with their values at that moment.
+
+        A graph may have saved one, so the version of a buffer that nobody wrote to must not move.
+        BatchNorm's kernel writes without moving it, so the value is written all the same.
+        """
+        with torch.no_grad():
+            for module, name, buffer, version, value in self._saved:
+                (buffer.data if buffer._version == version else buffer).copy_(value)
+                module._buffers[name] = buffer
+
+
+class TorchRandomState:
+    """The state of torch's global random number generators."""
+
+    def __init__(self) -> None:
+        self._torch = torch.get_rng_state()
+        self._cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+
+    def restore(self) -> None:
+        """Set them back to that state."""
+        torch.set_rng_state(self._torch)
+        if self._cuda:
+            torch.cuda.set_rng_state_all(self._cuda)
+
+
+class RandomState(TorchRandomState):
+    """The state of every global random number generator: torch's, `random`'s and numpy's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._python = random.getstate()
+        numpy = sys.modules.get("numpy.random")  # imported by its first use: no state before
+        self._numpy = numpy.get_state() if numpy else None
+
+    def restore(self) -> None:
+        """Set every generator back to that state."""
+        super().restore()
+        random.setstate(self._python)
+        if self._numpy is not None:
+            sys.modules["numpy.random"].set_state(self._numpy)
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Within, the model may be used freely; after, its modes, buffers and the RNG are as before."""
+    modes = [(module, module.training) for module in model.modules()]
+    buffers, randomness = ModuleBuffers(model), RandomState()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+        buffers.restore()
+        randomness.restore()
