@@ -15,7 +15,7 @@ from ..dynamics import shrinking
 from ..errors import UnsupportedError
 from ..hyperparameters import Hyperparameter, Setting
 from ..transition import Gradients, Transition
-from .averages import average_of, check_average, weights_at, wide
+from .averages import Average, average_of, check_average, weights_at, wide
 from .engine import (
     Carried,
     Engine,
@@ -41,10 +41,10 @@ class Displacement(Engine):
     the decay is decoupled, for SGD without momentum or decay, and for a window of one step, where
     both are exact. With momentum and a decay it takes the former for settled.
 
-    It learns from `.grad`, so that a training loop stays as it is. With `average` = β, w is
-    w̄ throughout, E's and u's, the exponential average of `FirstOrder`. Where windows follow each
-    other w̄ goes on from one to the next, and what it still owes to the steps before this one,
-    Π_t (1 − a_t) (w̄_0 − w_0), is taken off: they count as constants.
+    It learns from `.grad`, so that a training loop stays as it is. With `average` = β it asks at
+    averaged weights, as `FirstOrder` does: at w̄_K, against w̄_K − ū_K, both averaged alike. Where
+    windows follow each other they begin at the w̄ that the one before has left, so that what w̄
+    still owes to earlier steps, which count as constants, is in ū too.
 
     Args:
         average: β, at least 0 and below 1; `None` takes E at the last weights.
@@ -52,8 +52,8 @@ class Displacement(Engine):
     Raises:
         ArgumentError: `average` is out of its range.
 
-    Cost: one outer gradient per window and a scalar product; per step two vector operations at
-    most, u's and w̄'s. The same for one η as for one per weight. Memory: u and w̄.
+    Cost: one outer gradient per window and a scalar product; per step a vector operation where
+    there is a decay, and two for averages. Memory: u, and w̄ and ū.
 
     Example:
         >>> from hypertorch import HyperOptimizer, Unroll, hypergradient
@@ -142,38 +142,41 @@ class DisplacementWindow(LiveWindow):
 
     def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
         super().__init__(training)
-        self._average = average_of(decay, training, carried)
         start = self.params if training.start is None else training.start.params
         self._past = [w.detach().to(wide(w), copy=True) for w in start]  # u
-        self._rates = training.settings["lr"].group_means().tolist()
-        self._ahead: tuple[Tensor, ...] = ()  # w̄_0 − w_0, if w̄ began before this window
-        self._left = 1.0  # Π_t (1 − a_t)
-        if self._average is not None and self._average.count:
-            self._ahead = torch._foreach_sub(self._average.params, self._past)
-
-    @property
-    def _present(self) -> Sequence[Tensor]:
-        """The weights, or their average."""
-        return self.params if self._average is None else self._average.params
+        self._average = average_of(decay, training, carried)
+        self._average_past = None  # ū, from w̄_0 on
+        if self._average is not None:
+            average = self._average
+            self._average_past = Average(average.decay, self._past, average.carried())
+        self._means = training.settings["lr"].group_means().tolist()
 
     def step(self, step: TrainingStep) -> None:
         """Carry u through the step's decay, then make the step."""
         self._shrink(step.transition)
         step.make(None)
-        if self._average is not None:
-            self._left *= 1 - self._average.update(self.params, step.transition)
+        if self._average is not None and self._average_past is not None:
+            self._average.update(self.params, step.transition)
+            self._average_past.update(self._past, step.transition)
 
     @torch.no_grad()
     def _shrink(self, transition: Transition) -> None:
-        """u ← u + c (w̄ − u), by the c of each group; a weight without a decay keeps its u."""
-        rates = [eta * s for eta, s in zip(self._rates, transition.schedule, strict=True)]
-        start = 0
-        for group, rate in zip(transition.groups, rates, strict=True):
-            own = slice(start, start := start + len(group["params"]))
-            past, share = self._past[own], min(1.0, rate * _decay(transition, group))
-            if past and share:
-                present = [w.to(u) for w, u in zip(self._present[own], past, strict=True)]
-                torch._foreach_lerp_(past, present, share)
+        """u ← u + c (w − u), for the weights that the step will move and a decay will shrink."""
+        pairs = iter(zip(self.params, self._past, strict=True))
+        for g, group in enumerate(transition.groups):
+            own = [next(pairs) for _ in group["params"]]
+            moving = [i for i, (w, _) in enumerate(own) if w.grad is not None]
+            decay = transition.schedule[g] * _decay(transition, group)
+            if not (moving and decay):
+                continue
+            past = [own[i][1] for i in moving]
+            weights = [own[i][0].to(u) for i, u in zip(moving, past, strict=True)]
+            if self.training.settings["lr"].is_scalar:
+                torch._foreach_lerp_(past, weights, min(1.0, decay * self._means[g]))
+            else:
+                rates = self.training.settings["lr"].of_group(g)
+                for i, u, w in zip(moving, past, weights, strict=True):
+                    u.lerp_(w, (decay * rates[i]).clamp(max=1.0).to(u))
 
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E, at the last weights or at the averaged ones, and the estimate of dE/dη.
@@ -186,9 +189,9 @@ class DisplacementWindow(LiveWindow):
         with weights_at(average, self.params, self.training.slots) as params:
             loss, gradient, direct = outer_gradient(outer_loss, params, values, decay)
         with torch.no_grad():
-            moved = list(torch._foreach_sub(list(self._present), self._past))
-            if self._ahead:
-                torch._foreach_sub_(moved, list(self._ahead), alpha=self._left)
+            present = self.params if average is None else average.params
+            past = self._past if self._average_past is None else self._average_past.params
+            moved = torch._foreach_sub(list(present), list(past))
         through = _share(self.training.settings["lr"], gradient, moved)
         return loss, {"lr": direct["lr"] + through}
 

@@ -164,23 +164,20 @@ def test_averages_along_torchs_own_steps(kind: str, rhythm: tuple[int, int]) -> 
         path.append(weights_of(twin))
     torch.testing.assert_close(weights_of(model), path[-1], rtol=1e-12, atol=1e-14)
     first = 2 * every
-    average, t = path[0], 0
-    for w in path[1 : first + 1] if window == every else ():
-        t += 1
-        average = average + (1 - beta) / (1 - beta**t) * (w - average)
-    owed = average - path[first] if t else torch.zeros_like(average)
-    average = average if t else path[first]
-    past, left = path[first], 1.0
+    start = 0 if window == every else first  # of the average
+    tangent = [torch.zeros_like(w) for w in path]  # η ∂w_t/∂η, of this window's steps
     for k in range(first, count):
         shrinking = 0.05 * 0.9**k * 0.4 / (0.2 if kind == "SGD" else 1.0)
-        past = past + shrinking * (average - past)
-        t += 1
-        rate = (1 - beta) / (1 - beta**t)
-        average, left = average + rate * (path[k + 1] - average), left * (1 - rate)
+        tangent[k + 1] = (1 - shrinking) * tangent[k] + path[k + 1] - path[k]
+    powers = [beta ** (count - k) for k in range(start + 1, count + 1)]
+    average, along = (
+        sum(c * part for c, part in zip(powers, parts[start + 1 :], strict=True)) / sum(powers)
+        for parts in (path, tangent)
+    )
     nn.utils.vector_to_parameters(average, twin.parameters())
     alpha = torch.autograd.grad(outer(twin), list(twin.parameters()))
-    along = nn.utils.parameters_to_vector(alpha) @ (average - past - left * owed)
-    assert optimizer.hypergradients["lr"].item() == pytest.approx(along.item() / 0.05, rel=1e-10)
+    expected = nn.utils.parameters_to_vector(alpha) @ along / 0.05
+    assert optimizer.hypergradients["lr"].item() == pytest.approx(expected.item(), rel=1e-10)
 
 
 def outer(model: nn.Module) -> Tensor:
@@ -188,12 +185,33 @@ def outer(model: nn.Module) -> Tensor:
     return mse(model(x), y)
 
 
-def test_without_a_decay_averages_are_those_of_first_order() -> None:
-    problem = Problem(optim.SGD, {"lr": 0.1, "momentum": 0.6, "nesterov": True}, warm=2, groups=2)
-    losses = [partial(problem.inner, t) for t in range(9)]
-    learn = {"lr": "element"}
-    found = problem.by(Displacement(0.8), losses, learn)
-    assert_equal(found, problem.by(FirstOrder(0.8), losses, learn), rtol=1e-10)
+@pytest.mark.parametrize("average", [None, 0.8])
+@pytest.mark.parametrize("granularity", GRANULARITIES[1:])
+@pytest.mark.parametrize("case", EXACT)
+def test_different_rates_are_those_of_first_order(
+    case: str, granularity: str, average: float | None
+) -> None:
+    """Also where a step leaves out some of the weights, whose decay it leaves out too."""
+    kind, options = EXACT[case]
+    problem = Problem(kind, options, warm=2, groups=2)
+    if options.get("weight_decay"):
+        problem.bare.param_groups[1]["weight_decay"] = 0.7
+    optimizer = problem.wrapped({"lr": granularity})
+    rates = optimizer.hyperparameters["lr"]
+    rates.set(rates().detach() * torch.linspace(0.5, 2.0, rates().numel()))
+
+    def inner(t: int) -> Tensor:
+        x, y = problem.data[t]
+        hidden = problem.model[0](x)
+        hidden = hidden.detach() if t % 3 == 1 else hidden
+        return nn.functional.cross_entropy(problem.model[2](hidden.tanh()), y)
+
+    losses = [partial(inner, t) for t in range(9)]
+    found, expected = (
+        hypergradient(optimizer, losses, problem.outer, engine(average))
+        for engine in (Displacement, FirstOrder)
+    )
+    assert_equal(found, expected, rtol=1e-10)
 
 
 # Real training.
@@ -289,7 +307,7 @@ def test_windows_side_by_side_take_one_average(monkeypatch: Any) -> None:
         )
         for batch in batches(5, seed=3):
             unchanged_step(model, optimizer, *batch)
-        counts.append(len(made) - 5)  # u's own
+        counts.append(len(made) - 10)  # without those of u and ū
         found.append(optimizer.hypergradients["weight_decay"].item())
     assert counts == [5, 10]
     assert found[0] == found[1] != 0
