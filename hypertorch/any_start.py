@@ -12,31 +12,27 @@ are off by the noise of their mini-batches, which the schedule will take away an
 η fall early, and λ not rise in time.
 """
 
-import itertools
 import math
 import warnings
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
-from .arguments import whole
+from .arguments import check_pieces, whole
 from .calibration import calibrated_cross_entropy
 from .errors import ArgumentError, HypertorchWarning
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
+from .kept_batches import BatchLosses, Criterion, first_batches
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .start_up import search_lr, start_weight_decay
 from .surroundings import leaving_no_trace
-from .validation import Batch, ValidationLoss, check_loader, generators_of, placed
-
-Criterion = Callable[[Tensor, Any], Tensor]
+from .validation import Batch, ValidationLoss, check_loader, length_of
 
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
 #: a momentum of 0.9 makes of η.
@@ -120,11 +116,13 @@ def from_any_start(
         Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
         piece.
     """
+    check_pieces(optimizer, model, None, None, None)
+    _check_groups(optimizer)
     whole("steps", steps)
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
-    batches = _first(train_loader, "training", model, steps=TRIAL_STEPS)
-    judges = _first(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
+    batches = first_batches(train_loader, "training", model, steps=TRIAL_STEPS)
+    judges = first_batches(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
@@ -133,28 +131,95 @@ def from_any_start(
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
-    with _zero_allowed(optimizer):
-        wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
-    inner.optimizer, loop = wrapped, wrapped._loop
-    if loop is None:
-        raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
-    with leaving_no_trace(model), torch.no_grad():
-        before = BatchLosses(model, criterion, judges).mean()
-    loop.overhead += len(judges) / 3
+    before = _at_first(model, criterion, outer_criterion, judges)
 
     def judged(z: Tensor, y: Any) -> Tensor:
         return outer_criterion(z, y) + torch.relu(criterion(z, y) - before)
 
-    decay, trial = wrapped.hyperparameters["weight_decay"], BatchLosses(model, judged, judges)
-    with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
-        closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
-        search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
-    start_weight_decay(wrapped, steps, _length(train_loader))
+    with _groups_kept_on_error(optimizer):
+        with _zero_allowed(optimizer):
+            wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
+        inner.optimizer, loop = wrapped, wrapped._loop
+        if loop is None:
+            raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
+        loop.overhead += len(judges) / 3
+        decay, trial = wrapped.hyperparameters["weight_decay"], BatchLosses(model, judged, judges)
+        with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
+            closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
+            search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
+        start_weight_decay(wrapped, steps, length_of(train_loader))
     is_free = not {"engine", "update_every"} & set(options)
     every = _period(steps, wrapped.cost) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
+    if loop.update_every > steps:
+        _warn(f"A run of {steps} steps is too short for an update: η and λ stay where they start.")
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, HypertorchWarning, stacklevel=3)
+
+
+def _check_groups(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a scheduler that knows rates of its own, and warn of a decay where there was none.
+
+    Raises:
+        ArgumentError: says when to attach it, and at what rate.
+    """
+    if any("max_lr" in group for group in optimizer.param_groups):
+        raise ArgumentError(
+            "A scheduler with a `max_lr` (OneCycleLR, CyclicLR) is attached, and rates of its own "
+            "are no multiples of the η that is found. Attach it to what `from_any_start` returns, "
+            'with `max_lr=optimizer.param_groups[0]["lr"]`.'
+        )
+    decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
+    if any(decays) and not all(decays):
+        _warn(
+            "Some param groups have `weight_decay=0`. `from_any_start` learns a decay of every "
+            "group, and theirs will not stay at 0."
+        )
+
+
+def _at_first(
+    model: nn.Module, criterion: Criterion, outer_criterion: Criterion, judges: list[Batch]
+) -> Tensor:
+    """Return the criterion at the initial weights, once that and the outer one are numbers.
+
+    Raises:
+        ArgumentError: the outer criterion does not fit the model's outputs, or is not finite there.
+    """
+
+    def both(z: Tensor, y: Any) -> Tensor:
+        return torch.stack([criterion(z, y), outer_criterion(z, y)])
+
+    try:
+        with leaving_no_trace(model), torch.no_grad():
+            before, outer = BatchLosses(model, both, judges).mean()
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{error} It is the `outer_criterion`, which judges on validation data, and whose "
+            "default is for classes. For anything else pass the criterion that counts."
+        ) from error
+    if not math.isfinite(outer.item()):
+        raise ArgumentError(
+            f"`outer_criterion` is {outer.item()} on validation data at the initial weights. Look "
+            "for NaN in the data, and for classes with a logit of −∞: the default takes none."
+        )
+    return before
+
+
+@contextmanager
+def _groups_kept_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, an error leaves the param groups as they were."""
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            group.clear()
+            group.update(old)
+        raise
 
 
 @contextmanager
@@ -214,91 +279,3 @@ def _period(steps: int, spent: float) -> int:
     updates = max(2, int((OVERHEAD * steps - spent) / UPDATE_COST))
     usual = min(UPDATE_EVERY, max(WINDOW, steps // 3 + 1))
     return max(usual, steps // (updates + 1) + 1)
-
-
-def _length(loader: Iterable[Batch]) -> int | None:
-    """Return the batches of an epoch, where a loader knows them."""
-    try:
-        return len(loader)  # type: ignore[arg-type]
-    except TypeError:
-        return None
-
-
-class BatchLosses:
-    """The losses of a few batches that are kept.
-
-    Args:
-        model: that trains.
-        criterion: of one batch.
-        batches: `(x, y)`.
-
-    Attributes:
-        optimizer: whose steps choose the batch, so that a resumed run takes the same one. It owns
-            these losses, and is held by a weak reference: dropped, a run is gone at once.
-    """
-
-    def __init__(self, model: nn.Module, criterion: Criterion, batches: list[Batch]) -> None:
-        self.model, self.criterion, self.batches = model, criterion, batches
-        self._owner: Callable[[], HyperOptimizer | None] = lambda: None
-
-    @property
-    def optimizer(self) -> HyperOptimizer | None:
-        """The one that owns these losses, while it exists."""
-        return self._owner()
-
-    @optimizer.setter
-    def optimizer(self, owner: HyperOptimizer | None) -> None:
-        self._owner = (lambda: None) if owner is None else weakref.ref(owner)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_owner": self.optimizer}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.optimizer = state.pop("_owner")
-        self.__dict__.update(state)
-
-    def of(self, number: int) -> Tensor:
-        """Return the loss of a batch; after the last comes the first."""
-        x, y = self.batches[number % len(self.batches)]
-        return self.criterion(self.model(x), y)
-
-    def __call__(self) -> Tensor:
-        """Return the loss of another batch in each period."""
-        owner = self.optimizer
-        assert owner is not None and owner._loop is not None
-        return self.of(owner._steps // owner._loop.update_every)
-
-    def mean(self) -> Tensor:
-        """Return the mean loss, without dropout, and by the statistics of each batch itself.
-
-        A batch of one example has none: with BatchNorm it does not count, unless all are such.
-        """
-        normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
-        counted = [k for k, (_, y) in enumerate(self.batches) if len(y) > 1 or not normalising]
-        self.model.eval()
-        for module in normalising if counted else ():
-            module.train()
-        return torch.stack([self.of(k) for k in counted or range(len(self.batches))]).mean()
-
-
-def _first(
-    loader: Iterable[Batch],
-    name: str,
-    model: nn.Module,
-    steps: int | None = None,
-    count: float = math.inf,
-) -> list[Batch]:
-    """Return a loader's first batches, until there are `steps`, or `count` examples in them.
-
-    The order of the loader's next pass is what it would have been.
-    """
-    device, found = next(model.parameters()).device, list[Batch]()
-    before = [(generator, generator.get_state()) for generator in generators_of(loader)]
-    with leaving_no_trace(model):
-        for batch in itertools.islice(loader, steps):
-            found.append(placed(batch, device, f"{name} batch"))
-            if sum(len(y) for _, y in found) >= count:
-                break
-    for generator, state in before:
-        generator.set_state(state)
-    return found

@@ -19,6 +19,7 @@ from .errors import (
 from .hypergradients import Engine
 from .hyperparameters import Hyperparameter, Setting, held_as
 from .param_groups import starting_values
+from .wrapper import OptimizerWrapper
 
 #: Where the outer rule keeps a setting, in its own units: guard rails, far outside what is useful.
 BOUNDS = {"lr": (1e-8, 10.0), "weight_decay": (1e-7, 10.0)}
@@ -30,6 +31,11 @@ def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine
         raise ArgumentTypeError(
             f"`optimizer` must be a torch.optim.Optimizer. Got {type(optimizer).__name__}. "
             "Build one first: torch.optim.SGD(model.parameters(), lr=0.1)."
+        )
+    if isinstance(optimizer, OptimizerWrapper):
+        raise ArgumentError(
+            f"`optimizer` is a {type(optimizer).__name__} already. Pass the bare one it wraps, "
+            "`optimizer.optimizer`, or build a new one."
         )
     if not isinstance(model, nn.Module):
         raise ArgumentTypeError(f"`model` must be a torch.nn.Module. Got {type(model).__name__}.")

@@ -13,6 +13,8 @@ from .errors import ArgumentError
 
 #: Newton's steps, each of which changes β by a factor of two at most, and the range of β · std(z).
 _STEPS, _LOWEST, _HIGHEST = 24, 1e-3, 1e3
+#: In the place of a class number, what does not count.
+_NO_CLASS = -100
 #: A step that changes β by less is the last: the next would change it by the square of that.
 _SETTLED = 1e-5
 
@@ -30,8 +32,10 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     errors.
 
     Args:
-        logits: z, of shape (n, classes) or (n, classes, …).
-        target: y, class numbers of shape (n,) or (n, …).
+        logits: z, of shape (n, classes) or (n, classes, …). Leave out a class that is never meant:
+            logits of −∞, or −1e9, spoil the scale of the others.
+        target: y, class numbers of shape (n,) or (n, …). What is no class's number, such as torch's
+            −100, does not count.
 
     Returns:
         E, a scalar; at most the cross-entropy of z itself, up to the smoothing.
@@ -53,24 +57,29 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         (temperature scaling).
     """
     _check(logits, target)
-    smoothing = 1 / (target.numel() + 2)
+    smoothing, classes = 1 / (target.numel() + 2), logits.shape[1]
+    target = target.long()
+    target = torch.where((target >= 0) & (target < classes), target, _NO_CLASS)
     with torch.no_grad():
         beta = _inverse_temperature(logits.detach(), target, smoothing)
-    return torch.nn.functional.cross_entropy(beta * logits, target, label_smoothing=smoothing)
+    return torch.nn.functional.cross_entropy(
+        beta * logits, target, ignore_index=_NO_CLASS, label_smoothing=smoothing
+    )
 
 
 def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
     """Return β*, by Newton's method on a convex function of one number.
 
     CE(β z, y) has the derivatives ⟨z⟩_p − ⟨z⟩_q and ⟨z²⟩_p − ⟨z⟩²_p, means over the examples, with
-    p = softmax(β z) and q the smoothed targets.
+    p = softmax(β z) and q the smoothed targets. What does not count adds nothing at z = 0.
     """
-    z = logits.movedim(1, -1).flatten(0, -2)
+    z, target = logits.movedim(1, -1).flatten(0, -2), target.reshape(-1, 1)
     z = (z - z.mean(1, keepdim=True)).to(torch.promote_types(z.dtype, torch.float32))
+    z = z.masked_fill(target == _NO_CLASS, 0.0)
     scale = z.std()
     scale = torch.where(scale > 0, scale, 1.0)
     z = z / scale
-    taught = (1 - smoothing) * z.gather(1, target.reshape(-1, 1)).mean()  # ⟨z⟩_q: z has mean 0
+    taught = (1 - smoothing) * z.gather(1, target.clamp(min=0)).mean()  # ⟨z⟩_q: z has mean 0
     beta = torch.ones_like(taught)
     for _ in range(_STEPS):
         p = torch.softmax(beta * z, 1)
@@ -85,6 +94,11 @@ def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Te
 
 
 def _check(logits: Tensor, target: Tensor) -> None:
+    if not (isinstance(logits, Tensor) and isinstance(target, Tensor)):
+        raise ArgumentError(
+            "`calibrated_cross_entropy` takes two tensors, logits and class numbers. "
+            f"Got {type(logits).__name__} and {type(target).__name__}."
+        )
     expected = (*logits.shape[:1], *logits.shape[2:])
     if logits.dim() < 2 or logits.shape[1] < 2 or target.shape != expected:
         raise ArgumentError(

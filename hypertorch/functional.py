@@ -96,7 +96,7 @@ def _step(
     bare = optimizer.optimizer
     params = params_of(bare)
 
-    def make(grads: Gradients | None) -> None:
+    def make(loss: Tensor | None, grads: Gradients | None) -> None:
         for param, grad in zip(params, grads or (), strict=False):
             param.grad = grad
         groups.step(optimizer._wrapped_step)

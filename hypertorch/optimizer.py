@@ -216,8 +216,8 @@ class HyperOptimizer(OptimizerWrapper):
     def _window_step(self, loop: OuterLoop, inner: InnerLoss) -> TrainingStep:
         """Return this step as an engine is given it."""
 
-        def make(grads: Gradients | None) -> None:
-            inner.loss, inner.has_gradients = step.loss, True
+        def make(loss: Tensor | None, grads: Gradients | None) -> None:
+            inner.loss, inner.has_gradients = loss, True
             if grads is not None:
                 for param, grad in zip(self._params(), grads, strict=True):
                     param.grad = grad
@@ -226,9 +226,8 @@ class HyperOptimizer(OptimizerWrapper):
         if loop.engine.needs == "gradients":
             inner.backward()
         closure = inner.replayable() if loop.engine.needs == "closure" else None
-        step = TrainingStep(loop.groups.transition(), make, inner.value(), closure)
-        step.check = lambda grads: loop.safeguards.watch(step.loss, grads)
-        return step
+        watch = loop.safeguards.watch
+        return TrainingStep(loop.groups.transition(), make, inner.value(), closure, watch)
 
     def _plain_step(self, inner: InnerLoss) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
@@ -298,7 +297,7 @@ class HyperOptimizer(OptimizerWrapper):
         check_options(type(self.optimizer).__name__, new)
         additions = self._loop.groups.additions(new) if self._loop else {}
         self.close()
-        self.optimizer.add_param_group(param_group)
+        self.optimizer.add_param_group({**param_group, "params": params})
         if self._loop:
             self._loop.add_group(additions)
 

@@ -1,6 +1,6 @@
 """The usual outer loss E(s_T, λ): a criterion on the next batch of a validation loader."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -47,7 +47,7 @@ class ValidationLoss:
         self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], loader: Any
     ) -> None:
         check_loader(loader)
-        if hasattr(loader, "__len__") and len(loader) == 0:
+        if length_of(loader) == 0:
             raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
         self.model = model
         self.criterion = criterion
@@ -189,8 +189,23 @@ def placed(
 def _moved(value: Any, device: torch.device) -> Any:
     if isinstance(value, Tensor):
         return value.to(device, non_blocking=True)
+    if hasattr(value, "to"):  # a PackedSequence, a batch of graphs, …
+        return value.to(device)
     if isinstance(value, dict):
         return {key: _moved(item, device) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*[_moved(item, device) for item in value])
     if isinstance(value, (tuple, list)):
         return type(value)(_moved(item, device) for item in value)
     return value
+
+
+def length_of(loader: Iterable[Any]) -> int | None:
+    """Return the batches of a loader's pass, where it knows them.
+
+    A `DataLoader` of an iterable dataset has a `__len__`, and raises there.
+    """
+    try:
+        return len(loader)  # type: ignore[arg-type]
+    except TypeError:
+        return None

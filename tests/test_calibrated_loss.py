@@ -18,11 +18,11 @@ def examples(seed=0, n=40, classes=5, scale=1.0):
     return z, y
 
 
-def by_scipy(z, y):
+def by_scipy(z, y, count=None):
     """The minimum over log β of the smoothed cross-entropy, written with numpy alone."""
     z, y = z.numpy(), y.numpy()
     n, classes = z.shape
-    smoothing = 1 / (n + 2)
+    smoothing = 1 / ((count or n) + 2)
     target = np.full((n, classes), smoothing / classes)
     target[np.arange(n), y] += 1 - smoothing
 
@@ -85,9 +85,27 @@ def test_it_works_in_low_precision(dtype):
     assert found.item() == pytest.approx(by_scipy(z, y), rel=2e-2)
 
 
+@pytest.mark.parametrize("mark", [-100, 255])
+def test_what_is_no_class_does_not_count(mark):
+    z, y = examples(seed=3)
+    marked = torch.arange(len(y)) % 4 == 1
+    found = calibrated_cross_entropy(z.requires_grad_(), torch.where(marked, mark, y))
+    expected = by_scipy(z.detach()[~marked], y[~marked], count=len(y))
+    assert found.item() == pytest.approx(expected, rel=1e-9)
+    found.backward()
+    assert torch.count_nonzero(z.grad[marked]) == 0
+    assert torch.count_nonzero(z.grad[~marked]) == z[~marked].numel()
+
+
+def test_class_numbers_may_be_bytes():
+    z, y = examples(seed=4)
+    assert calibrated_cross_entropy(z, y.byte()) == calibrated_cross_entropy(z, y)
+
+
 @pytest.mark.parametrize(
     ("logits", "target"),
     [
+        ({"logits": torch.zeros(3, 2)}, torch.zeros(3, dtype=torch.long)),
         (torch.zeros(3), torch.zeros(3, dtype=torch.long)),
         (torch.zeros(3, 1), torch.zeros(3, dtype=torch.long)),
         (torch.zeros(3, 2), torch.zeros(2, dtype=torch.long)),

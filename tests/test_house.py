@@ -30,7 +30,7 @@ RANKS = [
     {"nested_problem", "step_rules"},
     {"optimizer", "bilevel"},
     {"functional"},
-    {"check", "start_up"},
+    {"check", "kept_batches", "start_up"},
     {"any_start"},
     {"__init__"},
 ]

@@ -275,7 +275,7 @@ def test_a_param_group_added_at_any_step_is_learned_as_the_others_are(steps):
     train(model, optimizer, batches(steps))
     frozen = [p.detach().clone() for p in second]
     assert_identical([p.detach() for p in second], frozen)
-    optimizer.add_param_group({"params": second, "lr": 0.02})
+    optimizer.add_param_group({"params": iter(second), "lr": 0.02})
     assert not is_open(model)
     assert optimizer.hyperparameters["lr"]()[1].item() == pytest.approx(0.02, rel=1e-12)
     assert optimizer.param_groups[1]["weight_decay"] == pytest.approx(0.01, rel=1e-12)

@@ -85,19 +85,30 @@ class TrainingStep:
 
     Attributes:
         transition: Φ_t.
-        make: makes the step on the live weights, by torch's own optimizer where it can: along the
-            gradients given, or along those in `.grad`.
+        maker: makes the step on the live weights, from its loss and its gradients.
         loss: the inner loss, with its graph where the engine asked for one; `None` while unknown.
         closure: computes the inner loss at the weights the model holds, as often as it is called;
             `None` where the engine asked for none.
-        check: to be shown the gradients before they are used; raises where they must not be.
+        watch: is shown loss and gradients before they are used; raises where they must not be.
     """
 
     transition: Transition
-    make: Callable[[Gradients | None], None]
+    maker: Callable[[Tensor | None, Gradients | None], None]
     loss: Tensor | None = None
     closure: Callable[[], Tensor] | None = None
-    check: Callable[[Gradients], None] = lambda grads: None
+    watch: Callable[[Tensor | None, Gradients], None] = lambda loss, grads: None
+
+    def make(self, grads: Gradients | None) -> None:
+        """Make the step on the live weights, by torch's own optimizer where it can.
+
+        Args:
+            grads: to step along; `None` for those in `.grad`.
+        """
+        self.maker(self.loss, grads)
+
+    def check(self, grads: Gradients) -> None:
+        """Raise if the step must not be made along these gradients."""
+        self.watch(self.loss, grads)
 
     def with_graph(self) -> Tensor:
         """Return the inner loss; an engine that needs one has been given one."""

@@ -160,7 +160,7 @@ class SharedWindow(LiveWindow):
             step.make(None)
             return
 
-        def make(_: Gradients | None) -> None:
+        def make(_: Tensor | None, __: Gradients | None) -> None:
             self._nested(step, first + 1)
 
         self._windows[first].step(TrainingStep(step.transition, make, step.loss))

@@ -1,0 +1,97 @@
+"""The first batches of a loader, kept: what trials are made on, and where λ's system is solved."""
+
+import itertools
+import math
+import weakref
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from .optimizer import HyperOptimizer
+from .surroundings import leaving_no_trace
+from .validation import Batch, generators_of, placed
+
+Criterion = Callable[[Tensor, Any], Tensor]
+
+
+class BatchLosses:
+    """The losses of a few batches that are kept.
+
+    Args:
+        model: that trains.
+        criterion: of one batch.
+        batches: `(x, y)`.
+
+    Attributes:
+        optimizer: whose steps choose the batch, so that a resumed run takes the same one. It owns
+            these losses, and is held by a weak reference: dropped, a run is gone at once.
+    """
+
+    def __init__(self, model: nn.Module, criterion: Criterion, batches: list[Batch]) -> None:
+        self.model, self.criterion, self.batches = model, criterion, batches
+        self._owner: Callable[[], HyperOptimizer | None] = lambda: None
+
+    @property
+    def optimizer(self) -> HyperOptimizer | None:
+        """The one that owns these losses, while it exists."""
+        return self._owner()
+
+    @optimizer.setter
+    def optimizer(self, owner: HyperOptimizer | None) -> None:
+        self._owner = (lambda: None) if owner is None else weakref.ref(owner)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_owner": self.optimizer}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.optimizer = state.pop("_owner")
+        self.__dict__.update(state)
+
+    def of(self, number: int) -> Tensor:
+        """Return the loss of a batch; after the last comes the first."""
+        x, y = self.batches[number % len(self.batches)]
+        return self.criterion(self.model(x), y)
+
+    def __call__(self) -> Tensor:
+        """Return the loss of another batch in each period."""
+        owner = self.optimizer
+        assert owner is not None and owner._loop is not None
+        return self.of(owner._steps // owner._loop.update_every)
+
+    def mean(self) -> Tensor:
+        """Return the mean loss, without dropout, and by the statistics of each batch itself.
+
+        A batch of one example has none: with BatchNorm it does not count, unless all are such.
+        """
+        normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
+        counted = [k for k, (_, y) in enumerate(self.batches) if len(y) > 1 or not normalising]
+        self.model.eval()
+        for module in normalising if counted else ():
+            module.train()
+        return torch.stack([self.of(k) for k in counted or range(len(self.batches))]).mean(0)
+
+
+def first_batches(
+    loader: Iterable[Batch],
+    name: str,
+    model: nn.Module,
+    steps: int | None = None,
+    count: float = math.inf,
+) -> list[Batch]:
+    """Return a loader's first batches, until there are `steps`, or `count` examples in them.
+
+    The order of the loader's next pass is what it would have been.
+    """
+    device, found = next(model.parameters()).device, list[Batch]()
+    before = [(generator, generator.get_state()) for generator in generators_of(loader)]
+    with leaving_no_trace(model):
+        for batch in itertools.islice(loader, steps):
+            found.append(placed(batch, device, f"{name} batch"))
+            if sum(len(y) for _, y in found) >= count:
+                break
+    for generator, state in before:
+        generator.set_state(state)
+    return found

@@ -1,0 +1,199 @@
+"""`from_any_start` in scripts of the kinds people have: what it takes, and what it says else."""
+
+import copy
+import gc
+from collections import namedtuple
+
+import pytest
+import torch
+from test_any_start import STEPS, VALIDATION, loaders, network
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
+from torch.nn.utils.rnn import pack_sequence
+from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, IterableDataset
+
+import hypertorch
+from hypertorch import HyperOptimizer, ValidationLoss, from_any_start
+from hypertorch.hypergradients import TrainingStep
+
+
+def sgd(model, **options):
+    return torch.optim.SGD(model.parameters(), **{"lr": 0.01, "weight_decay": 1e-3} | options)
+
+
+class Stream(IterableDataset):
+    """Its DataLoader has a `__len__`, which raises."""
+
+    def __iter__(self):
+        return iter(zip(*VALIDATION, strict=True))
+
+
+# What it takes.
+
+
+def test_a_stream_of_batches_trains_and_validates():
+    model = network()
+    stream = DataLoader(Stream(), 50)
+    optimizer = from_any_start(sgd(model), model, cross_entropy, stream, stream, STEPS)
+    assert 1e-3 < optimizer.hyperparameters["lr"]().item() < 10
+
+
+@pytest.mark.parametrize(("ignored", "dtype"), [(-100, torch.long), (255, torch.uint8)])
+def test_labels_that_do_not_count(ignored, dtype):
+    model, (train, _) = network(), loaders()
+    criterion = torch.nn.CrossEntropyLoss(ignore_index=ignored)
+    x, y = VALIDATION[0], VALIDATION[1].clone()
+    y[::3] = ignored
+    validation = [(x[i : i + 50], y[i : i + 50].to(dtype)) for i in (0, 50, 100)]
+    optimizer = from_any_start(sgd(model), model, criterion, train, validation, STEPS)
+    assert 1e-3 < optimizer.hyperparameters["lr"]().item() < 10
+
+
+def test_inputs_that_are_packed_or_named():
+    """What has a `to` of its own, and a tuple that is built from its fields."""
+    gru = torch.nn.GRU(3, 4)
+    packed = pack_sequence([torch.ones(3, 3), torch.ones(2, 3)])
+    loss = ValidationLoss(gru, lambda z, y: (z[1].sum() - y).square(), [(packed, torch.ones(()))])
+    assert loss().shape == ()
+    pair = namedtuple("pair", "image size")(torch.ones(2, 3), torch.ones(2))
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x.image) * x.size.unsqueeze(1)
+
+    model = Scaled(3, 1)
+    expected = mse_loss(model(pair), torch.ones(2, 1))
+    assert ValidationLoss(model, mse_loss, [(pair, torch.ones(2, 1))])() == expected
+
+
+# What it says.
+
+
+@pytest.mark.parametrize("criterion", [mse_loss, binary_cross_entropy_with_logits])
+def test_a_criterion_that_is_not_for_classes_asks_for_an_outer_one(criterion):
+    model, generator = torch.nn.Linear(8, 1), torch.Generator().manual_seed(0)
+    x = torch.randn(60, 8, generator=generator)
+    data = [(x[i : i + 20], (x[i : i + 20, :1] > 0).float()) for i in (0, 20, 40)]
+    with pytest.raises(hypertorch.ArgumentError, match="It is the `outer_criterion`"):
+        from_any_start(sgd(model), model, criterion, data, data, STEPS)
+    from_any_start(sgd(model), model, criterion, data, data, STEPS, outer_criterion=criterion)
+
+
+def test_an_output_that_is_no_tensor_asks_for_an_outer_criterion():
+    class Named(torch.nn.Linear):
+        def forward(self, x):
+            return {"logits": super().forward(x)}
+
+    model, (train, validation) = Named(64, 10), loaders()
+    with pytest.raises(hypertorch.ArgumentError, match=r"Got dict and Tensor.* `outer_criterion`"):
+        from_any_start(
+            sgd(model),
+            model,
+            lambda z, y: cross_entropy(z["logits"], y),
+            train,
+            validation,
+            STEPS,
+        )
+
+
+def test_classes_ruled_out_by_infinite_logits_are_refused():
+    class Masked(torch.nn.Linear):
+        def forward(self, x):
+            return torch.cat([super().forward(x), torch.full((len(x), 2), -torch.inf)], 1)
+
+    model, (train, validation) = Masked(64, 10), loaders()
+    with pytest.raises(hypertorch.ArgumentError, match=r"is nan .* a logit of −∞"):
+        from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS)
+
+
+@pytest.mark.parametrize("kind", ["Adam", "stopped"])
+def test_an_error_leaves_the_param_groups_as_they_were(kind):
+    """Whoever goes on with the bare optimizer has the rates that it had."""
+    model, (train, validation) = network(), loaders()
+    bare = torch.optim.Adam(model.parameters(), lr=1e-3, weight_decay=1e-4)
+    before = copy.deepcopy(bare.state_dict())
+    calls = []
+
+    def criterion(z, y):
+        calls.append(1)
+        if kind == "stopped" and len(calls) == 25:
+            raise KeyboardInterrupt
+        return cross_entropy(z, y)
+
+    with pytest.raises((hypertorch.UnsupportedError, KeyboardInterrupt)):
+        from_any_start(bare, model, criterion, train, validation, STEPS)
+    assert len(calls) >= 25
+    assert bare.state_dict() == before
+
+
+def test_groups_without_a_decay_beside_others_are_warned_of():
+    model, (train, validation) = network(), loaders()
+    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
+    groups[1]["weight_decay"] = 0.0
+    bare = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-3)
+    with pytest.warns(hypertorch.HypertorchWarning, match="theirs will not stay at 0"):
+        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+
+
+def test_a_scheduler_with_rates_of_its_own_comes_after():
+    model, (train, validation) = network(), loaders()
+    bare = sgd(model)
+    one_cycle = {"total_steps": STEPS + 1, "cycle_momentum": False}
+    lr_scheduler.OneCycleLR(bare, max_lr=0.1, **one_cycle)
+    with pytest.raises(hypertorch.ArgumentError, match=r"`max_lr` .* is attached"):
+        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    model = network()
+    optimizer = from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS)
+    found = optimizer.hyperparameters["lr"]().item()
+    scheduler = lr_scheduler.OneCycleLR(
+        optimizer, max_lr=optimizer.param_groups[0]["lr"], **one_cycle
+    )
+    rates = []
+    for t in range(90):  # before the first update
+        optimizer.zero_grad()
+        x, y = VALIDATION[0][t : t + 50], VALIDATION[1][t : t + 50]
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+        rates += optimizer._loop.groups.effective_lr()
+        scheduler.step()
+    assert max(rates) == pytest.approx(found, rel=1e-3)
+
+
+def test_a_run_too_short_for_an_update_is_warned_of():
+    model, (train, validation) = network(), loaders()
+    with pytest.warns(hypertorch.HypertorchWarning, match="13 steps is too short for an update"):
+        from_any_start(sgd(model), model, cross_entropy, train, validation, 13)
+
+
+def test_what_is_wrapped_already_is_refused():
+    model, (train, validation) = network(), loaders()
+    optimizer = from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS)
+    said = "is a HyperOptimizer already. Pass the bare one"
+    with pytest.raises(hypertorch.ArgumentError, match=said):
+        from_any_start(optimizer, model, cross_entropy, train, validation, STEPS)
+    with pytest.raises(hypertorch.ArgumentError, match=said):
+        HyperOptimizer(optimizer, model, lambda: cross_entropy(model(VALIDATION[0]), VALIDATION[1]))
+    with pytest.raises(hypertorch.ArgumentTypeError, match="`optimizer` must be a"):
+        from_any_start(model, sgd(model), cross_entropy, train, validation, STEPS)
+
+
+# What it leaves behind.
+
+
+@pytest.mark.parametrize("engine", [None, hypertorch.Unroll(), hypertorch.Replay()])
+def test_a_step_of_a_window_is_gone_without_the_garbage_collector(engine):
+    """Its loss's graph would stay with it."""
+    model, (train, validation) = network(), loaders()
+    rhythm = {} if engine is None else {"engine": engine, "window": 2, "update_every": 2}
+    optimizer = from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS, **rhythm)
+    optimizer._loop.take_up(optimizer._loop.window)  # every step is a window's
+    x, y = VALIDATION[0][:50], VALIDATION[1][:50]
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2 * optimizer._loop.window):
+            optimizer.step(lambda: cross_entropy(model(x), y))
+        steps = [o for o in gc.get_objects() if type(o) is TrainingStep]
+    finally:
+        gc.enable()
+    assert not steps
