@@ -46,8 +46,9 @@ class LearnedGroups:
         return self.optimizer.param_groups
 
     def schedule(self, group: int) -> float:
-        """Return schedule(t) of one group: 1 while nobody else writes its `lr`."""
-        return float(self._groups[group]["lr"]) / self.reference[group]
+        """Return schedule(t) of one group: 1 while nobody else writes its `lr`, or it is 0."""
+        reference = self.reference[group]
+        return float(self._groups[group]["lr"]) / reference if reference else 1.0
 
     def transition(self) -> Transition:
         """Return Φ_t with the groups as they are now."""
@@ -83,7 +84,7 @@ class LearnedGroups:
     def start(self) -> None:
         """Publish the starting values, of which `lr` is the reference."""
         for g, group in enumerate(self._groups):
-            if self.reference[g] == 0:  # it starts just inside, as everything does
+            if "lr" in self.settings and self.reference[g] == 0:  # it starts just inside its set
                 self.reference[g] = 1.0
                 group["lr"] = 1.0
         self.publish()

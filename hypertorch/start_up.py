@@ -116,8 +116,8 @@ def start_weight_decay(
     steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs, or at
     the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
     within the run, and with one far below nothing else has: from now on λ stays within
-    T / τ = 0.1 … 300. Every group starts at the same λ, that of the first group's η: call it after
-    `search_lr`.
+    T / τ = 0.1 … 300. Each group has the λ of its own η, so call it after `search_lr`; one λ that
+    they share is that of the first.
 
     Args:
         optimizer: learns `weight_decay`.
@@ -125,7 +125,7 @@ def start_weight_decay(
         steps_per_epoch: `len(train_loader)`; `None` where no example comes twice.
 
     Returns:
-        λ.
+        λ of the first group.
 
     Raises:
         ArgumentError: `weight_decay` is not learned, or one of the numbers is not positive.
@@ -152,28 +152,32 @@ def start_weight_decay(
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
     optimizer.close()
     weakest, strongest = 0.1, 300.0  # T / τ
-    one = 1 / (_rate_of_decay(optimizer) * steps)  # λ at T / τ = 1
+    ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
-    start = one * min(max(epochs / TIMESCALE, 1.0), strongest)
-    decay.bound((weakest * one, strongest * one))
-    decay.set(torch.full_like(decay.value.detach(), start))
+    starts = [one * min(max(epochs / TIMESCALE, 1.0), strongest) for one in ones]
+    decay.bound((weakest * min(ones), strongest * max(ones)))
+    decay.restart(starts)
     decay.refresh()
     loop.settings_were_set()
-    return start
+    return starts[0]
 
 
-def _rate_of_decay(optimizer: HyperOptimizer) -> float:
-    """Return η̂ of the first group: a step shrinks its weights by η̂ λ."""
-    group, lr = optimizer.param_groups[0], optimizer.hyperparameters.get("lr")
-    rate = float(group["lr"] if lr is None else lr.value.detach().flatten()[0])
-    factor = shrinking(dynamics_of(optimizer.optimizer), group)
-    if factor is None:
+def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
+    """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
+    groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
+    rates = [float(group["lr"]) for group in groups]
+    if isinstance(lr, Setting):
+        rates = lr.group_means().tolist()
+    found = [shrinking(dynamics_of(optimizer.optimizer), group) for group in groups]
+    factors = [factor for factor in found if factor is not None]
+    if len(factors) < len(groups):
         raise UnsupportedError(
             "`start_weight_decay` cannot tell what the decay of "
             f"{type(optimizer.optimizer).__name__} does to a weight: it passes through the second "
             "moment. Use AdamW, or SGD."
         )
-    return rate * factor
+    rates = [rate if rate > 1e-6 * max(rates) else max(rates) for rate in rates]  # at η = 0 all do
+    return [rate * factor for rate, factor in zip(rates, factors, strict=True)]
 
 
 class _Search:

@@ -4,6 +4,7 @@ import copy
 import gc
 import pickle
 import weakref
+from functools import partial
 
 import pytest
 import torch
@@ -29,7 +30,7 @@ from torch.optim.optimizer import (
 )
 
 import hypertorch
-from hypertorch import HyperOptimizer, HypertorchWarning
+from hypertorch import FirstOrder, HyperOptimizer, HypertorchWarning, Replay, Unroll
 
 
 def setup(name="SGD with momentum", **options):
@@ -295,6 +296,35 @@ def test_an_added_group_trains_as_the_bare_optimizer_trains_it():
     train(model, optimizer, batches(5))
     train_plainly(twin, bare, batches(5))
     assert_identical(weights(model), weights(twin))
+
+
+@pytest.mark.parametrize("engine", [Unroll(), FirstOrder(), Replay()], ids=repr)
+def test_a_rate_of_zero_that_is_not_learned_stays(engine):
+    """A group held still, and one whose decay is learned, train as by the bare optimizer."""
+    ends, still = [], partial(torch.optim.SGD, lr=0.0)
+    for is_wrapped in (True, False):
+        model, first, second = two_layers()
+        groups = [{"params": first, "lr": 0.1}, {"params": second, "lr": 0.0}]
+        bare = torch.optim.SGD(groups, weight_decay=0.01)
+        scheduler = torch.optim.lr_scheduler.ExponentialLR(bare, 0.9)
+        o = bare
+        if is_wrapped:
+            o = wrapped(bare, model, learn="weight_decay", engine=engine, outer=still)
+        for x, y in batches(8):
+            if is_wrapped:
+                o.step(lambda m=model, x=x, y=y: mse(m(x), y))
+            else:
+                train_plainly(model, o, [(x, y)])
+            scheduler.step()
+        if is_wrapped:
+            o.close()
+            assert o.hypergradients["weight_decay"][0] != 0
+            assert o.hypergradients["weight_decay"][1] == 0
+        assert [g["lr"] for g in bare.param_groups] == pytest.approx([0.1 * 0.9**8, 0.0])
+        ends.append([p.detach().clone() for p in model.parameters()])
+    assert_close(*ends)
+    start = network()
+    assert_identical(ends[0][2:], [p.detach() for p in start.parameters()][2:])
 
 
 def test_gradients_are_kept_where_torch_keeps_them_in_plain_steps():

@@ -189,6 +189,22 @@ def test_the_weight_decay_stays_where_it_acts_within_the_run():
         assert decay().item() == pytest.approx(bound, rel=1e-5)
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_each_group_starts_at_the_weight_decay_of_its_own_rate(order):
+    """Whatever their order; a group at η = 0 has that of the largest."""
+    model = network()
+    params = list(model.parameters())
+    rates = [0.1, 1e-3, 0.0][::order]
+    groups = [{"params": params[k::3], "lr": lr} for k, lr in enumerate(rates)]
+    optimizer = HyperOptimizer(
+        torch.optim.AdamW(groups), model, outer_loss(model), learn="weight_decay"
+    )
+    start_weight_decay(optimizer, 100, 5)
+    decay = optimizer.hyperparameters["weight_decay"]
+    assert decay().tolist() == pytest.approx([0.2, 20.0, 0.2][::order], rel=1e-5)
+    assert decay.bounds == pytest.approx((0.01, 3e3))
+
+
 def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():
     model = network()
     optimizer = HyperOptimizer(built("RMSprop", model), model, outer_loss(model))
