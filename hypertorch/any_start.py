@@ -63,7 +63,9 @@ def from_any_start(
 
     The training loop stays as it is (`zero_grad(); loss.backward(); step()`), or calls
     `step(loss)`. Attach a scheduler that brings η to zero within `steps`; it multiplies what is
-    learned. Windows without a Hessian want to lower η early, and the schedule does that better.
+    learned. Windows without a Hessian want to lower η early, and the schedule does that better. A
+    schedule that knows rates instead of multiples is given `optimizer.param_groups[0]["lr"]` as its
+    largest (OneCycleLR's `max_lr`); a rate that is written into a group by hand is what it says.
 
     An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
     period: in its first steps a run says little of where it will rest.
@@ -80,10 +82,11 @@ def from_any_start(
             a first guess of which little is left.
         model: that it trains; at its initial weights.
         criterion: of training, `criterion(model(x), y)`.
-        train_loader: of batches `(x, y)`; its length, if any, is the epoch's. Its first ten are
-            kept, for trials and for λ.
+        train_loader: of batches `(x, y)`; its length, if any, is the epoch's: where gradients are
+            accumulated, pass batches as large as a step's. Its first ten are kept, for trials and
+            for λ.
         validation_loader: likewise; its batches should be as large as training's, or larger.
-        steps: T, of the whole run.
+        steps: T, of the whole run, all its epochs.
         outer_criterion: of validation. The default is for classes; for anything else pass the
             criterion that counts.
         options: of `HyperOptimizer`, in place of those chosen here (`update_every=100`, …). With
@@ -93,8 +96,9 @@ def from_any_start(
         The wrapped optimizer, which has paid for its trials: see `cost`.
 
     Raises:
-        ArgumentError: a loader is empty, `steps` is not a whole number of them, or something else
-            is to be learned than η and λ.
+        ArgumentError: a loader is empty, `steps` is not a whole number of them, something else is
+            to be learned than η and λ, a scheduler with rates of its own is attached, or the outer
+            criterion does not fit.
         ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
 

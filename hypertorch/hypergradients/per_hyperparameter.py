@@ -27,7 +27,7 @@ class PerHyperparameter(Engine):
     """Several engines side by side, each of which computes some of the hypergradients.
 
     The steps are made once, on the live weights, so that each engine must be content with the
-    gradients in `.grad`: `FirstOrder`, and `Implicit` with an `inner_loss` of its own. A training
+    gradients in `.grad`: `FirstOrder`, `Displacement`, and `Implicit` with an `inner_loss`. A training
     loop stays as it is.
 
     Args:
@@ -78,7 +78,7 @@ class PerHyperparameter(Engine):
             if engine.needs != "gradients":
                 raise ArgumentError(
                     f"`PerHyperparameter` cannot give `{name}` to {engine!r}, which makes the "
-                    "steps itself. Use `FirstOrder()`, or `Implicit(…, inner_loss=…)`."
+                    "steps itself. Use `FirstOrder()`, `Displacement()` or `Implicit(…, inner_loss=…)`."
                 )
         self.engines = dict(engines)
         self.differentiates_twice = any(e.differentiates_twice for e in engines.values())
