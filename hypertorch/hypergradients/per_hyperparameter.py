@@ -27,8 +27,8 @@ class PerHyperparameter(Engine):
     """Several engines side by side, each of which computes some of the hypergradients.
 
     The steps are made once, on the live weights, so that each engine must be content with the
-    gradients in `.grad`: `FirstOrder`, `Displacement`, and `Implicit` with an `inner_loss`. A training
-    loop stays as it is.
+    gradients in `.grad`: `FirstOrder`, `Displacement`, and `Implicit` with an `inner_loss`. A
+    training loop stays as it is.
 
     Args:
         engines: by the name of what is learned; the same object under several names is one engine.
@@ -78,7 +78,8 @@ class PerHyperparameter(Engine):
             if engine.needs != "gradients":
                 raise ArgumentError(
                     f"`PerHyperparameter` cannot give `{name}` to {engine!r}, which makes the "
-                    "steps itself. Use `FirstOrder()`, `Displacement()` or `Implicit(…, inner_loss=…)`."
+                    "steps itself. Use `FirstOrder()`, `Displacement()`, or `Implicit()` with an "
+                    "`inner_loss`."
                 )
         self.engines = dict(engines)
         self.differentiates_twice = any(e.differentiates_twice for e in engines.values())
