@@ -3,7 +3,7 @@
     η starts where ten steps lower E most                        (`search_lr`)
     λ starts where weights forget in ten epochs                  (`start_weight_decay`)
     E = min_β CE(β z, y) on validation data                      (`calibrated_cross_entropy`)
-    dE/dη = ∂_w E · (w̄ − u) / η, by where η has led in a window  (`Displacement`)
+    dE/dη = ∂_w E · (w̄ − ū) / η, by where η has led in a window  (`Displacement`)
     dE/dλ = −∂_w E |M|⁻¹ ∂_λ∇L, where training would rest        (`Implicit`, `Lanczos`)
     ρ moves by its hypergradient's sign, as far as that is sure  (`GatedSign`)
 
