@@ -38,8 +38,8 @@ class Displacement(Engine):
     weight decay has taken back. c_t is what a step shrinks the weights by, η_t λ, and with SGD's
     momentum μ and dampening d (1 − d) / (1 − μ) times that; 0 where the decay passes through a
     second moment (Adam, RMSprop, Adagrad). It is `FirstOrder` for η alone: the same number where
-    the decay is decoupled, for SGD without momentum or decay, and for a window of one step, where
-    both are exact. With momentum and a decay it takes the former for settled.
+    there is no decay or a decoupled one, for SGD without momentum, and for a window of one step,
+    where both are exact. With SGD's momentum and a decay it takes the former for settled.
 
     It learns from `.grad`, so that a training loop stays as it is. With `average` = β it asks at
     averaged weights, as `FirstOrder` does: at w̄_K, against w̄_K − ū_K, both averaged alike. Where
