@@ -291,11 +291,11 @@ ARGUMENTS = [
         with_optimizer(MySGD),
         f"No dynamics Φ for MySGD. Supported: {SUPPORTED}. Write one and call `register_dynamics`.",
     ),
-    unsupported(
+    value_error(
         "a wrapper around a wrapper",
         lambda b, wrapper: HyperOptimizer(wrapper, b.model, b.validation()),
-        f"No dynamics Φ for HyperOptimizer. Supported: {SUPPORTED}. "
-        "Write one and call `register_dynamics`.",
+        "`optimizer` is a HyperOptimizer already. Pass the bare one it wraps, "
+        "`optimizer.optimizer`, or build a new one.",
         Bench.wrap,
     ),
     unsupported(

@@ -11,6 +11,7 @@ from experiments.figures import demo_figure
 TINY = ["run.epochs=2", "run.batch_size=10", "task.train_size=100", "model.channels=[2]"]
 
 
+@pytest.mark.filterwarnings("ignore:A run of 20 steps is too short")
 def test_the_demo_ends_with_its_line_of_json(tmp_path, monkeypatch, capsys):
     for name in ("GRID_LR", "GRID_WEIGHT_DECAY"):
         monkeypatch.setattr(demo, name, getattr(demo, name)[:2])
