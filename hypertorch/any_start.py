@@ -161,8 +161,8 @@ def from_any_start(
     return wrapped
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, HypertorchWarning, stacklevel=3)
+def _warn(message: str, level: int = 3) -> None:
+    warnings.warn(message, HypertorchWarning, stacklevel=level)
 
 
 def _check_groups(optimizer: torch.optim.Optimizer) -> None:
@@ -181,7 +181,8 @@ def _check_groups(optimizer: torch.optim.Optimizer) -> None:
     if any(decays) and not all(decays):
         _warn(
             "Some param groups have `weight_decay=0`. `from_any_start` learns a decay of every "
-            "group, and theirs will not stay at 0."
+            "group, and theirs will not stay at 0.",
+            level=4,
         )
 
 
