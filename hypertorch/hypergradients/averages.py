@@ -11,7 +11,7 @@ from ..double_backward import TwiceDifferentiable
 from ..errors import ArgumentError
 from ..slots import Slots
 from ..transition import Transition
-from .engine import Carried, Training
+from .engine import Carried, LiveWindow, OuterLoss, Training, outer_gradient
 
 
 def check_average(average: float | None, owner: str) -> None:
@@ -101,6 +101,42 @@ def weights_at(
 ) -> AbstractContextManager[Sequence[Tensor]]:
     """Return the weights that E is taken at, w̄ or the last ones, which the model holds within."""
     return nullcontext(params) if average is None else average.in_place_of(params, slots)
+
+
+def carried_on(average: Average | None, training: Training) -> Carried | None:
+    """Return w̄ and t, where the next window begins at the weights at which this one ends."""
+    return average.carried() if average is not None and training.is_contiguous else None
+
+
+class AveragingWindow(LiveWindow):
+    """Live steps, at whose last or averaged weights E is taken.
+
+    Args:
+        training: what is trained and learned.
+        decay: β of the averages, or `None`.
+        carried: what the window before returned.
+    """
+
+    def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
+        super().__init__(training)
+        self._average = average_of(decay, training, carried)
+
+    def _outer_gradient(
+        self, outer_loss: OuterLoss
+    ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
+        """Return E, ∂_w E and ∂_λ E at these weights.
+
+        Raises:
+            WindowError: E does not depend on the weights.
+        """
+        average, values = self._average, self.training.values()
+        decay = None if average is None else average.decay
+        with weights_at(average, self.params, self.training.slots) as params:
+            return outer_gradient(outer_loss, params, values, decay)
+
+    def close(self) -> Carried | None:
+        """Return what the average goes on from."""
+        return carried_on(self._average, self.training)
 
 
 def wide(param: Tensor) -> torch.dtype:

@@ -15,16 +15,8 @@ from ..dynamics import shrinking
 from ..errors import UnsupportedError
 from ..hyperparameters import Hyperparameter, Setting
 from ..transition import Gradients, Transition
-from .averages import Average, average_of, check_average, weights_at, wide
-from .engine import (
-    Carried,
-    Engine,
-    LiveWindow,
-    OuterLoss,
-    Training,
-    TrainingStep,
-    outer_gradient,
-)
+from .averages import Average, AveragingWindow, check_average, wide
+from .engine import Carried, Engine, OuterLoss, Training, TrainingStep
 
 
 class Displacement(Engine):
@@ -131,7 +123,7 @@ def _is_proportional(training: Training, group: Mapping[str, Any]) -> bool:
     return all(torch.allclose(one, two, rtol=1e-6, atol=0.0) for one, two in alike)
 
 
-class DisplacementWindow(LiveWindow):
+class DisplacementWindow(AveragingWindow):
     """Live steps, and u: the weights they started from, as far as the decay has not replaced them.
 
     Args:
@@ -141,13 +133,11 @@ class DisplacementWindow(LiveWindow):
     """
 
     def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
-        super().__init__(training)
+        super().__init__(training, decay, carried)
         start = self.params if training.start is None else training.start.params
         self._past = [w.detach().to(wide(w), copy=True) for w in start]  # u
-        self._average = average_of(decay, training, carried)
-        self._average_past = None  # ū, from w̄_0 on
-        if self._average is not None:
-            average = self._average
+        self._average_past: Average | None = None  # ū, from w̄_0 on
+        if (average := self._average) is not None:
             self._average_past = Average(average.decay, self._past, average.carried())
         self._means = training.settings["lr"].group_means().tolist()
 
@@ -184,22 +174,13 @@ class DisplacementWindow(LiveWindow):
         Raises:
             WindowError: E does not depend on the weights.
         """
-        values, average = self.training.values(), self._average
-        decay = None if average is None else average.decay
-        with weights_at(average, self.params, self.training.slots) as params:
-            loss, gradient, direct = outer_gradient(outer_loss, params, values, decay)
+        loss, gradient, direct = self._outer_gradient(outer_loss)
         with torch.no_grad():
-            present = self.params if average is None else average.params
+            present = self.params if self._average is None else self._average.params
             past = self._past if self._average_past is None else self._average_past.params
             moved = torch._foreach_sub(list(present), list(past))
         through = _share(self.training.settings["lr"], gradient, moved)
         return loss, {"lr": direct["lr"] + through}
-
-    def close(self) -> Carried | None:
-        """Return w̄ and t, where the next window begins at the same weights."""
-        if self._average is None or not self.training.is_contiguous:
-            return None
-        return self._average.carried()
 
 
 def _decay(transition: Transition, group: Mapping[str, Any]) -> float:

@@ -9,16 +9,8 @@ from torch import Tensor
 from ..dual_numbers import NoRule, dual
 from ..errors import UnsupportedError
 from ..state import State
-from .averages import average_of, check_average, weights_at
-from .engine import (
-    Carried,
-    Engine,
-    LiveWindow,
-    OuterLoss,
-    Training,
-    TrainingStep,
-    outer_gradient,
-)
+from .averages import AveragingWindow, check_average
+from .engine import Carried, Engine, OuterLoss, Training, TrainingStep
 from .linear_tangents import LinearTangents, is_linear
 from .pointwise import PointwiseTangents
 from .shelf import Spare
@@ -154,7 +146,7 @@ def _check_pointwise(training: Training) -> None:
                 weights, buffers = training.dynamics.step(weights, gradient, buffers, group, 0)
 
 
-class FirstOrderWindow(LiveWindow):
+class FirstOrderWindow(AveragingWindow):
     """Live steps, and z at the last of them.
 
     Args:
@@ -171,9 +163,8 @@ class FirstOrderWindow(LiveWindow):
         decay: float | None,
         carried: Carried | None,
     ) -> None:
-        super().__init__(training)
+        super().__init__(training, decay, carried)
         self._tangents = tangents
-        self._average = average_of(decay, training, carried)
 
     def step(self, step: TrainingStep) -> None:
         """Carry z through Φ_t, then make the step."""
@@ -189,16 +180,11 @@ class FirstOrderWindow(LiveWindow):
         Raises:
             WindowError: E does not depend on the weights.
         """
-        values, average = self.training.values(), self._average
-        part, decay = ("param", None) if average is None else ("average", average.decay)
-        with weights_at(average, self.params, self.training.slots) as params:
-            loss, gradient, direct = outer_gradient(outer_loss, params, values, decay)
-        along = self._tangents.along(gradient, part)
+        loss, gradient, direct = self._outer_gradient(outer_loss)
+        along = self._tangents.along(gradient, "param" if self._average is None else "average")
         return loss, {name: direct[name] + along[name] for name in direct}
 
     def close(self) -> Carried | None:
-        """Return w̄ and t, where the next window begins at the same weights."""
+        """Let go of z; return what the average goes on from."""
         self._tangents.close()
-        if self._average is None or not self.training.is_contiguous:
-            return None
-        return self._average.carried()
+        return super().close()

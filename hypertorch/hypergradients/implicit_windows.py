@@ -11,7 +11,7 @@ from torch import Tensor
 from ..double_backward import TwiceDifferentiable
 from ..state import State, set_state
 from ..transition import Linearised, Transition
-from .averages import average_of, weights_at
+from .averages import average_of, carried_on, weights_at
 from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
 from .linear_system import length
 
@@ -147,10 +147,8 @@ class LiveImplicitWindow(ImplicitWindow):
 
     def close(self) -> Carried | None:
         """Let v go on, and w̄ where the next window begins at the same weights."""
-        carried = self._carried() or {}
-        if self._average is not None and self.training.is_contiguous:
-            carried |= self._average.carried()
-        return carried or None
+        average = carried_on(self._average, self.training)
+        return {**(self._carried() or {}), **(average or {})} or None
 
 
 def _displacement(linearised: Linearised) -> float:
