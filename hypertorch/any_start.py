@@ -30,6 +30,7 @@ from .hypergradients.linear_solvers import Lanczos
 from .kept_batches import BatchLosses, Criterion, first_batches
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
+from .param_groups import restore_groups
 from .start_up import search_lr, start_weight_decay
 from .surroundings import leaving_no_trace
 from .validation import Batch, ValidationLoss, check_loader, length_of
@@ -221,9 +222,7 @@ def _groups_kept_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for group, old in zip(optimizer.param_groups, before, strict=True):
-            group.clear()
-            group.update(old)
+        restore_groups(optimizer, before)
         raise
 
 

@@ -17,7 +17,7 @@ from .errors import ArgumentError
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
-from .param_groups import LearnedGroups
+from .param_groups import LearnedGroups, restore_groups
 from .slots import Slots
 from .snapshot import Snapshot
 from .state import params_of
@@ -136,8 +136,6 @@ def as_it_was(optimizer: HyperOptimizer) -> Iterator[None]:
             snapshot.restore(bare)
             for param, grad, copy in zip(params, grads, copies, strict=True):
                 param.grad = None if grad is None or copy is None else grad.copy_(copy)
-            for group, before in zip(bare.param_groups, groups, strict=True):
-                group.clear()
-                group.update(before)
+            restore_groups(bare, groups)
             for h, is_indexed in expected:
                 h.expect_rows(is_indexed)

@@ -203,6 +203,13 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state_dict: Mapping[str, An
                 optimizer.state[param][name] = value.detach().clone().cpu()
 
 
+def restore_groups(optimizer: torch.optim.Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
+    """Let the live param groups hold what copies of them hold, and nothing else."""
+    for group, old in zip(optimizer.param_groups, before, strict=True):
+        group.clear()
+        group.update(old)
+
+
 def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a setting's number in every group; `lr` before any schedule."""
     found = [
