@@ -80,7 +80,8 @@ def from_any_start(
 
     Args:
         optimizer: SGD, or AdamW or another with a decoupled decay; its `lr` and `weight_decay` are
-            a first guess of which little is left.
+            a first guess of which little is left but zeros: a param group with `weight_decay=0` or
+            `lr=0` beside others without keeps it.
         model: that it trains; at its initial weights.
         criterion: of training, `criterion(model(x), y)`.
         train_loader: of batches `(x, y)`; its length, if any, is the epoch's: where gradients are
@@ -157,17 +158,17 @@ def from_any_start(
     every = _period(steps, wrapped.cost) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
     if loop.update_every > steps:
-        _warn(f"A run of {steps} steps is too short for an update: η and λ stay where they start.")
+        warnings.warn(
+            f"A run of {steps} steps is too short for an update: η and λ stay where they start.",
+            HypertorchWarning,
+            stacklevel=2,
+        )
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
 
 
-def _warn(message: str, level: int = 3) -> None:
-    warnings.warn(message, HypertorchWarning, stacklevel=level)
-
-
 def _check_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a scheduler that knows rates of its own, and warn of a decay where there was none.
+    """Refuse a scheduler that knows rates of its own.
 
     Raises:
         ArgumentError: says when to attach it, and at what rate.
@@ -177,13 +178,6 @@ def _check_groups(optimizer: torch.optim.Optimizer) -> None:
             "A scheduler with a `max_lr` (OneCycleLR, CyclicLR) is attached, and rates of its own "
             "are no multiples of the η that is found. Attach it to what `from_any_start` returns, "
             'with `max_lr=optimizer.param_groups[0]["lr"]`.'
-        )
-    decays = [group.get("weight_decay", 0) for group in optimizer.param_groups]
-    if any(decays) and not all(decays):
-        _warn(
-            "Some param groups have `weight_decay=0`. `from_any_start` learns a decay of every "
-            "group, and theirs will not stay at 0.",
-            level=4,
         )
 
 

@@ -17,8 +17,9 @@ from .errors import (
     did_you_mean,
 )
 from .hypergradients import Engine
-from .hyperparameters import Hyperparameter, Setting, held_as
+from .hyperparameters import Hyperparameter, held_as
 from .param_groups import starting_values
+from .settings import Setting
 from .wrapper import OptimizerWrapper
 
 #: Where the outer rule keeps a setting, in its own units: guard rails, far outside what is useful.

@@ -107,5 +107,6 @@ def _check_hyperparameters(
         if raw[name].shape != hyperparameter.raw.shape:
             raise CheckpointError(
                 f"`{name}` has raw shape {tuple(raw[name].shape)} in the checkpoint, and "
-                f"{tuple(hyperparameter.raw.shape)} here. Learn it at the same granularity."
+                f"{tuple(hyperparameter.raw.shape)} here. Learn it at the same granularity, in "
+                "param groups that start at 0 where those did."
             )

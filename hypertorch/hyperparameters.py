@@ -1,10 +1,5 @@
-"""λ: a raw tensor ρ, the constraint that maps it to λ = c(ρ), and how many of them there are.
+"""λ: a raw tensor ρ, and the constraint that maps it to λ = c(ρ)."""
 
-`Hyperparameter` is the thing a user may hold and put in a loss; `Setting` is a hyperparameter of
-the optimizer, one for all, per group, per tensor or per element.
-"""
-
-import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,9 +18,7 @@ from .constraints import (
     to_value,
 )
 from .entries import entries, ordinary
-from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, did_you_mean, listed
-
-GRANULARITIES = ("shared", "group", "tensor", "element")
+from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning
 
 
 class Hyperparameter:
@@ -175,105 +168,6 @@ class Hyperparameter:
         return f"{type(self).__name__}({self.name}={_brief(self.value)})"
 
 
-class Setting(Hyperparameter):
-    """A float setting of the optimizer, learned: lr, weight_decay, momentum, beta1, ….
-
-    λ has shape `()`, `(groups,)`, `(tensors,)` or `(elements,)`, by its granularity; tensors and
-    elements are counted through the param groups in order.
-
-    Args:
-        name: the setting's name.
-        values: its present value in each param group.
-        shapes: for each group, the shape of each of its parameters.
-        constraint: the set it lives in.
-        granularity: one of `GRANULARITIES`.
-        bounds: as in `Hyperparameter`; widened to include the starting values.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        values: Sequence[float],
-        shapes: Sequence[Sequence[torch.Size]],
-        constraint: Constraint,
-        granularity: str = "group",
-        bounds: tuple[float, float] | None = None,
-    ) -> None:
-        check_granularity(name, granularity)
-        if granularity == "shared" and len(set(values)) > 1:
-            raise ArgumentError(
-                f"`{name}` cannot be shared: the param groups start at {list(values)}. "
-                'Use "group", or give them one value.'
-            )
-        self.granularity = granularity
-        self.shapes = [list(group) for group in shapes]
-        start = torch.tensor(self._spread(values), dtype=torch.float64)
-        super().__init__(start, constraint, name=name, bounds=_widened(bounds, values))
-
-    def _spread(self, values: Sequence[float]) -> Any:
-        if self.granularity == "shared":
-            return values[0]
-        if self.granularity == "group":
-            return list(values)
-        counts = [sum(self._sizes(group)) for group in range(len(values))]
-        return [v for value, n in zip(values, counts, strict=True) for v in [value] * n]
-
-    def _sizes(self, group: int) -> list[int]:
-        """How many entries of λ each tensor of `group` has."""
-        per_element = self.granularity == "element"
-        return [math.prod(shape) if per_element else 1 for shape in self.shapes[group]]
-
-    @property
-    def is_scalar(self) -> bool:
-        """Whether one number serves a whole group, as `torch.optim` has it."""
-        return self.granularity in ("shared", "group")
-
-    def of_group(self, group: int) -> Tensor | list[Tensor]:
-        """Return λ of one group: a scalar tensor, or a list with one tensor per parameter."""
-        if self.granularity == "shared":
-            return self.value
-        if self.granularity == "group":
-            return self.value[group]
-        start = sum(sum(self._sizes(earlier)) for earlier in range(group))
-        sizes = self._sizes(group)
-        parts = self.value[start : start + sum(sizes)].split(sizes)
-        if self.granularity == "tensor":
-            return [part.squeeze(0) for part in parts]
-        return [part.view(shape) for part, shape in zip(parts, self.shapes[group], strict=True)]
-
-    def group_means(self) -> Tensor:
-        """Return the mean of λ over each group, of shape `(groups,)`."""
-        if self.granularity == "group":
-            return self.value.detach()
-        if self.granularity == "shared":
-            return self.value.detach().expand(len(self.shapes))
-        counts = [sum(self._sizes(group)) for group in range(len(self.shapes))]
-        return torch.stack([part.mean() for part in self.value.detach().split(counts)])
-
-    def restart(self, values: Sequence[float]) -> None:
-        """Let λ be these numbers again, one per group, spread to its granularity."""
-        self.set(torch.tensor(self._spread(values), dtype=self.raw.dtype, device=self.raw.device))
-
-    def addition(self, value: float, shapes: Sequence[torch.Size]) -> "Setting":
-        """Return the setting of one more param group, which starts at `value`."""
-        more = Setting(self.name, [value], [shapes], self.constraint, self.granularity, self.bounds)
-        is_shared = self.granularity == "shared"
-        if is_shared and not torch.isclose(more.value.to(self.value), self.value):
-            raise ArgumentError(
-                f"`{self.name}` is shared at {self.value.item():g}, and the new group brings "
-                f'{value:g}. Give it that value, or learn `{self.name}` per "group".'
-            )
-        return more
-
-    def extend(self, more: "Setting") -> None:
-        """Make room for the param groups of `more`, an `addition`."""
-        if self.granularity != "shared":
-            grown = torch.cat([self.raw.detach(), more.raw.detach().to(self.raw)])
-            self.raw = grown.requires_grad_()
-            self.refresh()
-        self.shapes += more.shapes
-
-
 def held_as(hyperparameter: Hyperparameter, groups: Sequence[Mapping[str, Any]]) -> set[str]:
     """Return the keys under which param groups hold a hyperparameter, for their Φ to call."""
     return {key for group in groups for key, held in group.items() if held is hyperparameter}
@@ -286,15 +180,6 @@ def number_of(held: Any) -> Tensor | None:
     if isinstance(held, (int, float)):
         return torch.tensor(held, dtype=torch.float64)
     return held if isinstance(held, Tensor) else None
-
-
-def check_granularity(name: str, granularity: object) -> None:
-    """Raise unless `granularity` is one of `GRANULARITIES`."""
-    if granularity not in GRANULARITIES:
-        raise ArgumentError(
-            f"`{name}` cannot be learned per {granularity!r}."
-            f"{did_you_mean(str(granularity), GRANULARITIES)} Available: {listed(GRANULARITIES)}."
-        )
 
 
 def _jacobian(value: Tensor, raw: Tensor) -> Tensor:
@@ -318,15 +203,6 @@ def _as_tensor(value: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(f"`{name}` must be made of numbers. Got {value!r}.") from error
     return floating
-
-
-def _widened(
-    bounds: tuple[float, float] | None, values: Sequence[float]
-) -> tuple[float, float] | None:
-    if bounds is None:
-        return None
-    inside = [value for value in values if value > 0]
-    return min([bounds[0], *inside]), max([bounds[1], *inside])
 
 
 def _brief(value: Tensor) -> str:

@@ -55,7 +55,8 @@ class HyperOptimizer(OptimizerWrapper):
         learn: names of float settings (`"lr"`, `"weight_decay"`, `"momentum"`, `"beta1"`, …) and
             `Hyperparameter` objects that the inner loss uses; or a mapping from a setting to how
             many there are ("shared", "group", "tensor", "element"; default "group"), and from any
-            other name to a `Hyperparameter`.
+            other name to a `Hyperparameter`. A param group where a setting is 0 and another group's
+            is not has none of it (biases without weight decay): it stays 0 there.
         window: K ≥ 1, the steps differentiated together.
         update_every: steps from one outer update to the next, at least `window`; or `"epoch"`.
         steps_per_epoch: `len(train_loader)`, for `update_every="epoch"`.

@@ -18,11 +18,12 @@ from .arguments import check_references, place
 from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
-from .hyperparameters import Hyperparameter, Setting
+from .hyperparameters import Hyperparameter
 from .inner_loss import checked_outer, guarded
 from .outer import OuterFactory, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
+from .settings import Setting
 from .slots import Slots
 from .state import State, params_of, versions
 from .surroundings import ModuleBuffers

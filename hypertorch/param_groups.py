@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
-from .hyperparameters import Hyperparameter, Setting, number_of
+from .hyperparameters import Hyperparameter, number_of
+from .settings import Setting
 from .state import HOST_BUFFERS, State, params_of, set_state
 from .transition import Transition
 
@@ -62,16 +63,16 @@ class LearnedGroups:
             return
         means = torch.stack([setting.group_means() for setting in self.settings.values()])
         values = dict(zip(self.settings, means.tolist(), strict=True))
-        for name, by_group in values.items():
-            for g, value in enumerate(by_group):
-                self._publish_one(name, g, value)
-        self._published = values
-        self._expected = [
+        learned = [
             (g, name, value)
             for name, by_group in values.items()
-            if name != "lr"
             for g, value in enumerate(by_group)
+            if self.settings[name].learned_in[g]
         ]
+        for g, name, value in learned:
+            self._publish_one(name, g, value)
+        self._published = values
+        self._expected = [(g, name, value) for g, name, value in learned if name != "lr"]
 
     def _publish_one(self, name: str, g: int, value: float) -> None:
         group = self._groups[g]
@@ -84,7 +85,8 @@ class LearnedGroups:
     def start(self) -> None:
         """Publish the starting values, of which `lr` is the reference."""
         for g, group in enumerate(self._groups):
-            if "lr" in self.settings and self.reference[g] == 0:  # it starts just inside its set
+            starts_inside = "lr" in self.settings and self.settings["lr"].learned_in[g]
+            if starts_inside and self.reference[g] == 0:
                 self.reference[g] = 1.0
                 group["lr"] = 1.0
         self.publish()
@@ -132,10 +134,11 @@ class LearnedGroups:
 
     def effective_lr(self) -> list[float]:
         """Return η_t of each group, as a number."""
-        learned = self._published.get("lr")
-        if learned is None:
-            return [float(group["lr"]) for group in self._groups]
-        return [value * self.schedule(g) for g, value in enumerate(learned)]
+        rates = [float(group["lr"]) for group in self._groups]
+        for g, value in enumerate(self._published.get("lr", [])):
+            if self.settings["lr"].learned_in[g]:
+                rates[g] = value * self.schedule(g)
+        return rates
 
     def step(self, step: Callable[[], None]) -> None:
         """Call torch's own `step` with η_t as every group's `lr`; Φ where torch has no such λ."""

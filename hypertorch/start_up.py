@@ -18,10 +18,10 @@ from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was
 from .hypergradients import OuterLoss
-from .hyperparameters import Setting
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
+from .settings import Setting
 from .surroundings import leaving_no_trace
 from .transition import gradients
 
@@ -154,12 +154,14 @@ def start_weight_decay(
     weakest, strongest = 0.1, 300.0  # T / τ
     ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
-    starts = [one * min(max(epochs / TIMESCALE, 1.0), strongest) for one in ones]
-    decay.bound((weakest * min(ones), strongest * max(ones)))
-    decay.restart(starts)
+    start = min(max(epochs / TIMESCALE, 1.0), strongest)
+    pairs = list(zip(ones, decay.learned_in, strict=True))
+    own = [one for one, is_learned in pairs if is_learned]
+    decay.bound((weakest * min(own), strongest * max(own)))
+    decay.restart([one * start if is_learned else 0.0 for one, is_learned in pairs])
     decay.refresh()
     loop.settings_were_set()
-    return starts[0]
+    return start * own[0]
 
 
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamics import Dynamics
+from .dynamics import Dynamics, read_setting
 from .errors import WindowError
-from .hyperparameters import Hyperparameter, Setting
+from .hyperparameters import Hyperparameter
+from .settings import Setting
 from .state import Parts, State
 
-#: Learned settings by name, each a list over the param groups.
-Overrides = dict[str, list[Tensor | list[Tensor]]]
+#: Learned settings by name, each a list over the param groups; a number where it is not learned.
+Overrides = dict[str, list[Tensor | list[Tensor] | float]]
 Gradients = Sequence[Tensor | None]
 
 
@@ -44,11 +45,14 @@ class Transition:
         """Return what Φ uses in place of the groups' numbers: η_t and the other learned λ."""
         return {name: self._by_group(name, setting) for name, setting in self.settings.items()}
 
-    def _by_group(self, name: str, setting: Setting) -> list[Tensor | list[Tensor]]:
-        values = [setting.of_group(g) for g in range(len(self.groups))]
-        if name != "lr":
-            return values
-        return [_scaled(lr, factor) for lr, factor in zip(values, self.schedule, strict=True)]
+    def _by_group(self, name: str, setting: Setting) -> list[Tensor | list[Tensor] | float]:
+        factors = self.schedule if name == "lr" else [1.0] * len(self.groups)
+        return [
+            _scaled(setting.of_group(g), factor)
+            if setting.learned_in[g]
+            else read_setting(group, name)
+            for g, (group, factor) in enumerate(zip(self.groups, factors, strict=True))
+        ]
 
     def _places(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Yield, for each parameter, its group with what is learned, and its number there."""

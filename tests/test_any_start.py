@@ -107,12 +107,17 @@ def test_a_start_at_zero_is_nothing_to_warn_of(lr, weight_decay, count):
     assert starts[0] == starts[1]
 
 
-def test_a_zero_that_stays_in_the_ratio_of_two_groups_is_warned_of():
+def test_a_group_at_rate_zero_is_frozen_in_trials_and_in_training():
     model, (train, validation) = network(), loaders()
-    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters(), "lr": 0.0}]
+    groups = [{"params": model[3].parameters(), "lr": 0.0}, {"params": model[0].parameters()}]
     bare = torch.optim.SGD(groups, lr=0.1, momentum=0.9)
-    with pytest.warns(hypertorch.HypertorchWarning, match="`lr` starts at"):
-        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / STEPS)
+    run(model, optimizer, scheduler, train, STEPS)
+    same = [torch.equal(p, old) for p, old in zip(model.parameters(), before, strict=True)]
+    assert same == [False, False, True, True]
+    assert optimizer.hyperparameters["lr"]().shape == (1,)
 
 
 def test_one_run_beats_one_with_the_starting_values():

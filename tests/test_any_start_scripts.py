@@ -126,15 +126,6 @@ def test_an_error_leaves_the_param_groups_as_they_were(kind):
     assert bare.state_dict() == before
 
 
-def test_groups_without_a_decay_beside_others_are_warned_of():
-    model, (train, validation) = network(), loaders()
-    groups = [{"params": model[0].parameters()}, {"params": model[3].parameters()}]
-    groups[1]["weight_decay"] = 0.0
-    bare = torch.optim.SGD(groups, lr=0.1, weight_decay=1e-3)
-    with pytest.warns(hypertorch.HypertorchWarning, match="theirs will not stay at 0"):
-        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
-
-
 def test_a_scheduler_with_rates_of_its_own_comes_after():
     model, (train, validation) = network(), loaders()
     bare = sgd(model)

@@ -18,7 +18,7 @@ RANKS = [
     {"entries"},
     {"constraints"},
     {"hyperparameters", "slots", "state", "surroundings"},
-    {"snapshot", "wrapper"},
+    {"settings", "snapshot", "wrapper"},
     {"dynamics", "validation", "calibration"},
     {"transition", "double_backward", "dual_numbers"},
     {"param_groups"},

@@ -11,7 +11,7 @@ from support import OPTIMIZERS, batches, built, mlp, mse, train, wrapped
 
 import hypertorch
 from hypertorch import Hyperparameter, HypertorchWarning, interval, positive, simplex, unit_interval
-from hypertorch.hyperparameters import Setting
+from hypertorch.settings import Setting
 
 f64 = {"dtype": torch.float64}
 STARTS = {

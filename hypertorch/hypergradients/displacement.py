@@ -13,7 +13,8 @@ from torch import Tensor
 
 from ..dynamics import shrinking
 from ..errors import UnsupportedError
-from ..hyperparameters import Hyperparameter, Setting
+from ..hyperparameters import Hyperparameter
+from ..settings import Setting
 from ..transition import Gradients, Transition
 from .averages import Average, AveragingWindow, check_average, wide
 from .engine import Carried, Engine, OuterLoss, Training, TrainingStep
@@ -157,7 +158,7 @@ class DisplacementWindow(AveragingWindow):
             own = [next(pairs) for _ in group["params"]]
             moving = [i for i, (w, _) in enumerate(own) if w.grad is not None]
             decay = transition.schedule[g] * _decay(transition, group)
-            if not (moving and decay):
+            if not (moving and decay and self._means[g]):
                 continue
             past = [own[i][1] for i in moving]
             weights = [own[i][0].to(u) for i, u in zip(moving, past, strict=True)]
@@ -197,10 +198,11 @@ def _share(setting: Setting, gradient: Gradients, moved: Sequence[Tensor]) -> Te
     rates, of_rates = list[Tensor](), list[Tensor]()
     pairs = iter(zip(gradient, moved, strict=True))
     for g, shapes in enumerate(setting.shapes):
-        own = setting.of_group(g)
+        is_learned = setting.learned_in[g]
+        own = setting.of_group(g) if is_learned else []
         for number, _ in enumerate(shapes):
             alpha, z = next(pairs)
-            if alpha is not None:
+            if alpha is not None and is_learned:
                 rate = own[number] if isinstance(own, list) else own
                 along = (alpha.to(z) * z).sum_to_size(rate.shape)
                 rates.append(rate)

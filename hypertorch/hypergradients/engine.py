@@ -14,7 +14,8 @@ from torch import Tensor
 
 from ..dynamics import Dynamics
 from ..errors import WindowError
-from ..hyperparameters import Hyperparameter, Setting, held_as
+from ..hyperparameters import Hyperparameter, held_as
+from ..settings import Setting
 from ..slots import Slots
 from ..state import State, versions
 from ..transition import Gradients, Transition

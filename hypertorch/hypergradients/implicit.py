@@ -241,9 +241,10 @@ def _decoupled(training: Training) -> list[dict[str, object]]:
     """Return the param groups whose weights shrink apart from their gradient."""
     if not is_torch_own(training.dynamics):
         return []
-    is_learned = "weight_decay" in training.settings
+    groups, decay = training.optimizer.param_groups, training.settings.get("weight_decay")
+    learned_in = [False] * len(groups) if decay is None else decay.learned_in
     return [
         group
-        for group in training.optimizer.param_groups
+        for group, is_learned in zip(groups, learned_in, strict=True)
         if group.get("decoupled_weight_decay") and (is_learned or group["weight_decay"] != 0)
     ]

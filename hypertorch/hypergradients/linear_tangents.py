@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..dual_numbers import dual, tangents_of
 from ..dynamics import Dynamics
-from ..hyperparameters import Setting
+from ..settings import Setting
 from ..state import State
 from ..transition import Gradients, Transition
 from .shelf import Shelf, Spare
@@ -233,10 +233,11 @@ class LinearTangents:
             learned = {
                 name: _spread(setting, _on_host(setting.value), kind.group, own_places)
                 for name, setting in self._steps[-1].transition.settings.items()
-                if name not in values
+                if name not in values and setting.learned_in[kind.group]
             } | {
                 name: seed(name, _spread(setting, values[name], kind.group, own_places))
                 for name, setting in self.settings.items()
+                if setting.learned_in[kind.group]
             }
             rows = table if len(kinds) == 1 else table[..., columns]
             yield columns, self._through(kind, rows, learned)
@@ -326,5 +327,9 @@ def _on_host(value: Tensor) -> Tensor:
 def _spread(setting: Setting, value: Tensor, group: int, places: list[int]) -> Tensor:
     """Return λ for tensors of one group: a vector of one number, or of one for each."""
     if setting.granularity == "tensor":
-        return value[places]
-    return value.flatten() if value.numel() == 1 else value[group : group + 1]
+        entries = setting.entries_of_tensors()
+        return value[[entries[place] for place in places]]
+    if value.numel() == 1:
+        return value.flatten()
+    entry = setting.entry_of_group(group)
+    return value[entry : entry + 1]

@@ -5,17 +5,15 @@ numbers move together tells them apart: z is of the weights' shape, be there one
 each weight.
 """
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..dual_numbers import Tangents, dual, tangents_of
-from ..hyperparameters import Setting
+from ..settings import Setting
 from ..state import HOST_BUFFERS, State
 from ..transition import Gradients, Transition
 
@@ -147,6 +145,7 @@ class PointwiseTangents:
                     block.spread(by_group[g]), {name: units[name]} if name in self.settings else {}
                 )
                 for name, by_group in overrides.items()
+                if transition.settings[name].learned_in[g]
             }
             new, buffers = transition.dynamics.step(
                 dual(block.joined(state.params), z.get("param", {})),
@@ -269,13 +268,12 @@ def _add_products(total: Tensor, setting: Setting, block: Block, alpha: Tensor, 
     if setting.granularity == "shared":
         total += torch.dot(alpha, z)
     elif setting.granularity == "group":
-        total[block.group] += torch.dot(alpha, z)
+        total[setting.entry_of_group(block.group)] += torch.dot(alpha, z)
     else:
-        counts = [math.prod(shape) for group in setting.shapes for shape in group]
-        starts = list(accumulate(counts, initial=0))
+        entries = setting.entries_of_tensors()
         for piece, product in zip(block.pieces, block.split(alpha * z), strict=True):
+            start = entries[piece.place]
             if setting.granularity == "tensor":
-                total[piece.place] += product.sum()
+                total[start] += product.sum()
             else:
-                start = starts[piece.place]
                 total[start + piece.start : start + piece.stop] += product

@@ -35,11 +35,12 @@ def is_torch_own(dynamics: Dynamics) -> bool:
 
 def is_decoupled(dynamics: Dynamics, settings: Mapping[str, Any]) -> bool:
     """Whether weights shrink apart from the gradient, so that g ≠ 0 where they rest."""
-    return (
-        dynamics.update in _ADAMS
-        and bool(settings["decoupled_weight_decay"])
-        and is_active(settings["weight_decay"])
-    )
+    return _decouples(dynamics, settings) and is_active(settings["weight_decay"])
+
+
+def _decouples(dynamics: Dynamics, settings: Mapping[str, Any]) -> bool:
+    """Whether they would, if there is a decay."""
+    return dynamics.update in _ADAMS and bool(settings["decoupled_weight_decay"])
 
 
 class Stationarity(ABC):
@@ -203,7 +204,7 @@ class OfWeights(Stationarity):
         self._residuals = [r for r, _ in found]
         self._scales = [scale for _, scale in found]
         self._metric = [
-            scale if "exp_avg_sq" in buffers[i] and is_decoupled(dynamics, settings[i]) else None
+            scale if "exp_avg_sq" in buffers[i] and _decouples(dynamics, settings[i]) else None
             for i, scale in zip(grads, self._scales, strict=True)
         ]
 
@@ -255,13 +256,14 @@ def _at_rest(
     `held` are the buffers of which v̂ is made, or none of them where v̂ follows g².
     """
     decay, maximize = settings["weight_decay"], settings["maximize"]
-    if not is_decoupled(dynamics, settings):
+    is_held = "exp_avg_sq" in held and _decouples(dynamics, settings)
+    if not (is_held or is_decoupled(dynamics, settings)):
         return regularised(param, grad, decay, maximize), None
     grad = -grad if maximize else grad
     if dynamics.update is adam.radam and settings["beta2"] <= 2 / 3:  # it never adapts: φ(g) = g
         return axpy(decay, param, grad), None
     eps = settings["eps"]
-    if "exp_avg_sq" in held:
+    if is_held:
         second = held.get("max_exp_avg_sq", held["exp_avg_sq"])
         p = ((second / (1 - settings["beta2"] ** held["step"])).sqrt() + eps).detach()
         return axpy(decay, param * p, grad), p.rsqrt()
