@@ -8,6 +8,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, listed
 from .hyperparameters import Hyperparameter, number_of
+from .settings import Setting
 from .state import params_of
 
 #: What a HyperOptimizer adds to the state dict of the optimizer it wraps.
@@ -46,6 +47,7 @@ def check_checkpoint(
     own = state_dict.get("hypertorch")
     if own is not None:
         _check_parts(own)
+        _check_where_learned(own["groups"].get("learned_in", {}), hyperparameters)
         _check_hyperparameters(own["raw"], hyperparameters)
         if rule is not None:
             _check_rule(own["rule"], rule)
@@ -84,6 +86,22 @@ def _check_parts(own: Mapping[str, Any]) -> None:
         )
 
 
+def _check_where_learned(
+    saved: Mapping[str, list[bool]], hyperparameters: Mapping[str, Hyperparameter]
+) -> None:
+    for name, there in saved.items():
+        setting = hyperparameters.get(name)
+        if isinstance(setting, Setting) and setting.learned_in != there:
+            before, now = (
+                [g for g, own in enumerate(w) if own] for w in (there, setting.learned_in)
+            )
+            raise CheckpointError(
+                f"`{name}` was learned in the param groups {before} of the checkpoint, and is in {now} "
+                "here: one that starts at 0 beside others above 0 has none of it. Let the same groups "
+                "start at 0."
+            )
+
+
 def _check_rule(saved: Mapping[str, Any], rule: torch.optim.Optimizer) -> None:
     settings, live = (
         set().union(*groups) - {"params"} for groups in (saved["param_groups"], rule.param_groups)
@@ -107,6 +125,5 @@ def _check_hyperparameters(
         if raw[name].shape != hyperparameter.raw.shape:
             raise CheckpointError(
                 f"`{name}` has raw shape {tuple(raw[name].shape)} in the checkpoint, and "
-                f"{tuple(hyperparameter.raw.shape)} here. Learn it at the same granularity, in "
-                "param groups that start at 0 where those did."
+                f"{tuple(hyperparameter.raw.shape)} here. Learn it at the same granularity."
             )

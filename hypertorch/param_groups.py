@@ -122,8 +122,12 @@ class LearnedGroups:
         return [{**group, "lr": lr} for group, lr in zip(numbers, rates, strict=True)]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the references and what the groups show as `lr`."""
-        return {"reference": list(self.reference), "lr": [g["lr"] for g in self._groups]}
+        """Return the references, what the groups show as `lr`, and where settings are learned."""
+        return {
+            "reference": list(self.reference),
+            "lr": [g["lr"] for g in self._groups],
+            "learned_in": {name: list(s.learned_in) for name, s in self.settings.items()},
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over references and schedules; the settings hold what was learned."""

@@ -284,15 +284,15 @@ def test_a_bare_checkpoint_says_anew_which_groups_have_it():
     assert optimizer.param_groups[0]["weight_decay"] == 0.0
 
 
-def test_a_checkpoint_of_other_groups_is_refused_and_says_so():
+@pytest.mark.parametrize("decays", [(0.1, 0.1, 0.1), (0.0, 0.1, 0.1)], ids=["all", "others"])
+def test_a_checkpoint_of_other_groups_is_refused_and_says_so(decays):
     model = network()
     optimizer = wrapped(KINDS["SGD"](groups_of(model), lr=ETA), model)
     twin = network()
-    groups = groups_of(twin)
-    groups[1]["weight_decay"] = 0.1
+    groups = [g | {"weight_decay": d} for g, d in zip(groups_of(twin), decays, strict=True)]
     state = wrapped(KINDS["SGD"](groups, lr=ETA), twin).state_dict()
     before = everything(model, optimizer.optimizer)
-    with pytest.raises(hypertorch.CheckpointError, match="start at 0 where those did"):
+    with pytest.raises(hypertorch.CheckpointError, match=r"and is in \[0, 2\] here"):
         optimizer.load_state_dict(state)
     assert everything(model, optimizer.optimizer)["groups"] == before["groups"]
 
