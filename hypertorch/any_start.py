@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from .arguments import check_pieces, whole
 from .calibration import calibrated_cross_entropy
-from .errors import ArgumentError, HypertorchWarning
+from .double_backward import check_second_derivatives
+from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
-from .kept_batches import BatchLosses, Criterion, first_batches
+from .kept_batches import BatchLosses, Criterion, examples, first_batches
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .param_groups import restore_groups
@@ -43,8 +44,9 @@ AVERAGE, WINDOW = 0.9, 60
 #: What trials and updates may cost together, as a share of plain training; what an update costs,
 #: in training steps; and the steps between two updates, at the least.
 OVERHEAD, UPDATE_COST, UPDATE_EVERY = 0.15, 10, 100
-#: λ meanwhile: whatever λ₀ is, all starts try the same.
-NO_DECAY = 1e-8
+#: λ meanwhile: whatever λ₀ is, all starts try the same. η may be any; then it stays near what is
+#: found, by these factors.
+NO_DECAY, RATES, AROUND = 1e-8, (1e-12, 1e12), (1e-4, 1e2)
 #: At most how far η and λ go in an update, in nats, and how long their hypergradients are averaged.
 MAX_STEPS, DECAY = (0.1, 0.7), 0.5
 
@@ -102,11 +104,13 @@ def from_any_start(
             to be learned than η and λ, a scheduler with rates of its own is attached, or the outer
             criterion does not fit.
         ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
-        UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop).
+        UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
+            an operation of the loss has no second derivative.
 
     Cost: about four trials of ten steps, once; from then on, for every 100 steps or more, a
     gradient of E, one of the loss and four Hessian-vector products: 10 training steps. Together
-    15 % of a run of 500 steps or more; of a shorter one more, for two updates from 180 steps on.
+    15 % of a run of 700 steps or more, and up to 18 % of one of 500, by the size of validation
+    batches; of a shorter one more, for two updates from 180 steps on.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -123,7 +127,7 @@ def from_any_start(
         piece.
     """
     check_pieces(optimizer, model, None, None, None)
-    _check_groups(optimizer)
+    _check_start(optimizer, model)
     whole("steps", steps)
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
@@ -131,9 +135,10 @@ def from_any_start(
     judges = first_batches(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
-    inner = BatchLosses(model, criterion, batches)
+    inner, cost = BatchLosses(model, criterion, batches), len(judges) / 3
     chosen = {"outer": partial(GatedSign, max_step=MAX_STEPS, decay=DECAY)} | _learned(options)
     if "engine" not in options:
+        cost += _check_second_derivatives(inner)
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
@@ -148,11 +153,8 @@ def from_any_start(
         inner.optimizer, loop = wrapped, wrapped._loop
         if loop is None:
             raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
-        loop.overhead += len(judges) / 3
-        decay, trial = wrapped.hyperparameters["weight_decay"], BatchLosses(model, judged, judges)
-        with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
-            closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
-            search_lr(wrapped, closures, trial.mean, outer_batches=len(judges))
+        loop.overhead += cost
+        _search(wrapped, inner, BatchLosses(model, judged, judges))
         start_weight_decay(wrapped, steps, length_of(train_loader))
     is_free = not {"engine", "update_every"} & set(options)
     every = _period(steps, wrapped.cost) if is_free else loop.update_every
@@ -167,8 +169,19 @@ def from_any_start(
     return wrapped
 
 
-def _check_groups(optimizer: torch.optim.Optimizer) -> None:
-    """Refuse a scheduler that knows rates of its own.
+def _search(wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses) -> None:
+    """Let η be what trials find, without a decay, and stay near it."""
+    lr, decay = (wrapped.hyperparameters[name] for name in ("lr", "weight_decay"))
+    lr.bound(RATES)
+    closures = [partial(inner.of, k) for k in range(TRIAL_STEPS)]
+    with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
+        search_lr(wrapped, closures, trial.mean, outer_batches=len(trial.batches))
+    found = lr().flatten().tolist()
+    lr.bound((AROUND[0] * min(found), AROUND[1] * max(found)))
+
+
+def _check_start(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
+    """Refuse a scheduler that knows rates of its own; warn of a model in eval mode.
 
     Raises:
         ArgumentError: says when to attach it, and at what rate.
@@ -179,6 +192,30 @@ def _check_groups(optimizer: torch.optim.Optimizer) -> None:
             "are no multiples of the η that is found. Attach it to what `from_any_start` returns, "
             'with `max_lr=optimizer.param_groups[0]["lr"]`.'
         )
+    if not model.training:
+        warnings.warn(
+            "The model is in eval mode, and so are the trials. Call `model.train()` before, if "
+            "training will be in that mode.",
+            HypertorchWarning,
+            stacklevel=3,
+        )
+
+
+def _check_second_derivatives(inner: BatchLosses) -> float:
+    """Refuse a loss without second derivatives, by two examples; return the steps that took.
+
+    Raises:
+        UnsupportedError: λ needs them.
+    """
+    try:
+        with leaving_no_trace(inner.model):
+            check_second_derivatives(partial(inner.few, 2), inner.model)
+    except UnsupportedError as error:
+        raise UnsupportedError(
+            f"{error} λ is learned by them: `from_any_start` cannot. `HyperOptimizer` can, with "
+            "`engine=FirstOrder()`, after `search_lr`."
+        ) from error
+    return 6 / max(2, examples(inner.batches[0]))
 
 
 def _at_first(

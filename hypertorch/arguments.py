@@ -132,7 +132,9 @@ def _entries(learn: Any) -> list[tuple[str, Any]]:
         return list(learn.items())
     if not isinstance(learn, Iterable):
         raise ArgumentTypeError(f"`learn` must hold names. Got {type(learn).__name__}.")
-    return [_entry(item) for item in learn]
+    found = [_entry(item) for item in learn]
+    is_ordered = not isinstance(learn, (set, frozenset))
+    return found if is_ordered else sorted(found, key=lambda entry: entry[0])
 
 
 def _entry(item: Any) -> tuple[str, Any]:

@@ -28,8 +28,8 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     larger weights alone, as where wrong training labels have left a good model unsure (which drives
     λ down in nearly every window of five steps). β* is that of
     this batch; at the minimum its own derivative does not count. As in Platt's scaling the targets
-    are smoothed, by ε = 1 / (n + 2) for n examples, or β* would be infinite for a batch without
-    errors.
+    are smoothed, by ε = 1 / (n + 2) for n examples that count, or β* would be infinite for a batch
+    without errors.
 
     Args:
         logits: z, of shape (n, classes) or (n, classes, …). Leave out a class that is never meant:
@@ -57,9 +57,10 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         (temperature scaling).
     """
     _check(logits, target)
-    smoothing, classes = 1 / (target.numel() + 2), logits.shape[1]
     target = target.long()
-    target = torch.where((target >= 0) & (target < classes), target, _NO_CLASS)
+    counts = (target >= 0) & (target < logits.shape[1])
+    target = torch.where(counts, target, _NO_CLASS)
+    smoothing = 1 / (int(counts.sum()) + 2)
     with torch.no_grad():
         beta = _inverse_temperature(logits.detach(), target, smoothing)
     return torch.nn.functional.cross_entropy(

@@ -93,12 +93,13 @@ def _check_where_learned(
         setting = hyperparameters.get(name)
         if isinstance(setting, Setting) and setting.learned_in != there:
             before, now = (
-                [g for g, own in enumerate(w) if own] for w in (there, setting.learned_in)
+                [g for g, is_learned in enumerate(each) if is_learned]
+                for each in (there, setting.learned_in)
             )
             raise CheckpointError(
-                f"`{name}` was learned in the param groups {before} of the checkpoint, and is in {now} "
-                "here: one that starts at 0 beside others above 0 has none of it. Let the same groups "
-                "start at 0."
+                f"`{name}` was learned in the param groups {before} of the checkpoint, and is in "
+                f"{now} here: one that starts at 0 beside others above 0 has none of it. Let the "
+                "same groups start at 0."
             )
 
 
@@ -116,10 +117,10 @@ def _check_rule(saved: Mapping[str, Any], rule: torch.optim.Optimizer) -> None:
 def _check_hyperparameters(
     raw: Mapping[str, Tensor], hyperparameters: Mapping[str, Hyperparameter]
 ) -> None:
-    if set(raw) != set(hyperparameters):
+    if list(raw) != list(hyperparameters):
         raise CheckpointError(
-            f"The checkpoint learned {listed(raw)}, and this optimizer learns "
-            f"{listed(hyperparameters)}. Pass the same `learn`."
+            f"The checkpoint learned {', '.join(raw)}, and this optimizer learns "
+            f"{', '.join(hyperparameters)}. Pass the same `learn`, in the same order."
         )
     for name, hyperparameter in hyperparameters.items():
         if raw[name].shape != hyperparameter.raw.shape:

@@ -3,19 +3,21 @@
 Fused attention, cuDNN's recurrent networks and compiled modules have no double backward; that of
 fused weight normalisation is wrong, and that of activation checkpointing recomputes with later
 weights. Their plain counterparts are right; each is switched only while some window lasts, and
-switched back after.
+switched back after. What is marked `once_differentiable` has no counterpart, and is refused.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils import parametrizations
 from torch.utils import checkpoint as torch_checkpoint
+
+from .errors import UnsupportedError
 
 
 class TwiceDifferentiable:
@@ -30,7 +32,7 @@ class TwiceDifferentiable:
     _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
-        self._switches = [_math_attention, _without_recomputation]
+        self._switches = [_math_attention, _without_recomputation, _refusing_once_differentiable]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
@@ -62,6 +64,30 @@ class TwiceDifferentiable:
             yield
         finally:
             self.release()
+
+
+def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> None:
+    """Refuse a loss of a model's weights that cannot be differentiated twice.
+
+    Another error of the loss is not said here: it may be that it was given too few examples.
+
+    Raises:
+        UnsupportedError: names the operation.
+    """
+    params = [p for p in model.parameters() if p.requires_grad]
+    try:
+        with TwiceDifferentiable(model).held(), torch.enable_grad():
+            found = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True)
+            norm = torch.stack([g.square().sum() for g in found if g is not None]).sum()
+            if norm.requires_grad:
+                torch.autograd.grad(norm, params, allow_unused=True)
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        if "derivative for" in str(error):
+            raise UnsupportedError(
+                f"An operation that the loss uses has no second derivative: {error}."
+            ) from error
 
 
 def _math_attention() -> AbstractContextManager[None]:
@@ -104,6 +130,32 @@ def _without_recomputation() -> Iterator[None]:
     finally:
         for name, original in zip(names, recomputing, strict=True):
             setattr(torch_checkpoint, name, original)
+
+
+@contextmanager
+def _refusing_once_differentiable() -> Iterator[None]:
+    """Raise where a second derivative would go missing.
+
+    Torch leaves a node in its place that raises when it is reached, and it is not reached where
+    derivatives are asked for by tensors.
+    """
+    functions = torch._C._functions
+    delayed = functions.DelayedError
+    functions.DelayedError = _refuse  # type: ignore[misc,assignment]
+    try:
+        yield
+    finally:
+        functions.DelayedError = delayed  # type: ignore[misc]
+
+
+def _refuse(*_: Any) -> NoReturn:
+    context = sys._getframe(1).f_locals.get("ctx")
+    name = "A function" if context is None else type(context).__name__.removesuffix("Backward")
+    raise UnsupportedError(
+        f"`{name}`, an autograd function that the loss uses, is marked `once_differentiable`: it "
+        "has no second derivatives, and a window needs them. Use `FirstOrder` or `Displacement`, "
+        "or write its backward in differentiable operations."
+    )
 
 
 #: `torch.nn.utils.weight_norm` is both a module and, under that name, a function.

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .optimizer import HyperOptimizer
 from .surroundings import leaving_no_trace
@@ -55,6 +56,15 @@ class BatchLosses:
         x, y = self.batches[number % len(self.batches)]
         return self.criterion(self.model(x), y)
 
+    def few(self, count: int) -> Tensor:
+        """Return the loss of so many examples of the first batch."""
+
+        def start(leaf: Tensor) -> Tensor:
+            return leaf[:count] if leaf.dim() else leaf
+
+        x, y = tree_map_only(Tensor, start, self.batches[0])
+        return self.criterion(self.model(x), y)
+
     def __call__(self) -> Tensor:
         """Return the loss of another batch in each period."""
         owner = self.optimizer
@@ -67,7 +77,8 @@ class BatchLosses:
         A batch of one example has none: with BatchNorm it does not count, unless all are such.
         """
         normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
-        counted = [k for k, (_, y) in enumerate(self.batches) if len(y) > 1 or not normalising]
+        sizes = map(examples, self.batches)
+        counted = [k for k, size in enumerate(sizes) if size > 1 or not normalising]
         self.model.eval()
         for module in normalising if counted else ():
             module.train()
@@ -90,8 +101,15 @@ def first_batches(
     with leaving_no_trace(model):
         for batch in itertools.islice(loader, steps):
             found.append(placed(batch, device, f"{name} batch"))
-            if sum(len(y) for _, y in found) >= count:
+            if sum(map(examples, found)) >= count:
                 break
     for generator, state in before:
         generator.set_state(state)
     return found
+
+
+def examples(batch: Batch) -> int:
+    """Return the size of a batch: the length of its first tensor, of targets before inputs."""
+    x, y = batch
+    tensors = [leaf for leaf in tree_leaves((y, x)) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else len(y)

@@ -74,8 +74,7 @@ class OuterLoop:
         self.groups = LearnedGroups(optimizer, settings)
         self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
-        self._age = 0  # steps since the state to roll back to
-        self._cuts, self._steps_in_window = 0, 0
+        self._age, self._cuts, self._steps_in_window = 0, 0, 0  # age: steps since a snapshot
         self._losses: list[Tensor] = []
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
@@ -95,10 +94,9 @@ class OuterLoop:
         self.get_ready()
 
     def _new_training(self) -> Training:
-        slots = Slots(self.model, params_of(self.optimizer))
+        slots, dynamics = Slots(self.model, params_of(self.optimizer)), self.groups.dynamics
         is_contiguous = self.window == self.update_every
-        dynamics, hyperparameters = self.groups.dynamics, self.hyperparameters
-        return Training(self.optimizer, slots, dynamics, hyperparameters, is_contiguous)
+        return Training(self.optimizer, slots, dynamics, self.hyperparameters, is_contiguous)
 
     def _new_rule(self) -> torch.optim.Optimizer:
         return self._factory([h.raw for h in self.hyperparameters.values()])
@@ -263,8 +261,11 @@ class OuterLoop:
         self._losses, self._steps_in_window = [], 0
 
     def cut(self) -> None:
-        """Make the present state a start: what came before it no longer matters."""
-        self.safeguards.settle()
+        """Make the present state a start, or the last good one if a step since went wrong."""
+        try:
+            self.safeguards.settle()
+        except Diverged as reason:
+            self.roll_back(reason)
         self.close()
         self.safeguards.forget()
         self.get_ready()

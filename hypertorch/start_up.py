@@ -27,6 +27,8 @@ from .transition import gradients
 
 #: The share of its loss that the first step of the first trial would take away, about.
 MODEST = 0.01
+#: The share of E that a trial must take away to say something of η.
+TELLING = 0.01
 #: A trial ends where its loss is so many times the one it began with.
 RUINED = 3.0
 #: Epochs over which a weight is to be an average of its updates.
@@ -89,7 +91,7 @@ def search_lr(
         raise ArgumentError("`search_lr` moves a learned `lr`. Name it in `learn`.")
     if not inner_losses:
         raise ArgumentError("`inner_losses` is empty. Pass about ten closures, one per step.")
-    optimizer.close()
+    loop.cut()
     outer_loss = outer_loss or loop.outer_loss
     inner = [checked(loss, "An inner loss") for loss in inner_losses]
     outer = checked(outer_loss, "The outer loss", has_graph=False)
@@ -220,15 +222,18 @@ class _Search:
         lower, higher = (self.found.get(side, math.inf) for side in (best - 2, best + 2))
         self._trial(best - 1 if lower < higher else best + 1)
         best = min(self.found, key=lambda tried: self.found[tried])
-        if self.found[best] < before:
+        share = (before - self.found[best]) / abs(before) if before else 0.0
+        if share >= TELLING:
             return self.rate(best)
+        rate = self.rate(best) if share > 0 else self.first
         warnings.warn(
-            f"`search_lr` found no η that lowers the outer loss in {len(self.inner)} steps, and "
-            f"takes the cautious {self.first:g}. Pass more closures, or more validation data.",
+            f"{len(self.inner)} training steps lower the outer loss by {max(0.0, share):.1%} at "
+            f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
+            "for an η with more steps or validation data.",
             HypertorchWarning,
             stacklevel=3,
         )
-        return self.first
+        return rate
 
     def rate(self, half_decades: int) -> float:
         """Return the η so far above the first."""

@@ -388,8 +388,15 @@ CHECKPOINTS = [
         "a checkpoint that learned something else",
         changed(),
         "The checkpoint learned momentum, and this optimizer learns lr, weight_decay. "
-        "Pass the same `learn`.",
+        "Pass the same `learn`, in the same order.",
         beside(learn=["momentum"]),
+    ),
+    rejected(
+        "a checkpoint that learned the same in another order",
+        changed(),
+        "The checkpoint learned weight_decay, lr, and this optimizer learns lr, weight_decay. "
+        "Pass the same `learn`, in the same order.",
+        beside(learn=["weight_decay", "lr"]),
     ),
     rejected(
         "a checkpoint that learned the same per tensor",

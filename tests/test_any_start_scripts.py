@@ -192,3 +192,146 @@ def test_a_step_of_a_window_is_gone_without_the_garbage_collector(engine):
 
 def window_steps():
     return [o for o in gc.get_objects() if type(o) is TrainingStep]
+
+
+# η at any scale of the loss, and trials that say something.
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1e3])
+def test_eta_may_be_what_the_scale_of_the_loss_makes_it(scale):
+    """SGD on c L with η / c is SGD on L with η: it finds the same, wherever it starts."""
+    found = {}
+    for factor in (1.0, scale):
+        for start in (1e-6, 1e3):
+            model, (train, validation) = network(), loaders()
+
+            def criterion(z, y, factor=factor):
+                return factor * cross_entropy(z, y)
+
+            optimizer = from_any_start(
+                sgd(model, lr=start), model, criterion, train, validation, STEPS
+            )
+            found[factor, start] = optimizer.hyperparameters["lr"]().item()
+    assert found[1.0, 1e-6] == found[1.0, 1e3] and found[scale, 1e-6] == found[scale, 1e3]
+    assert found[scale, 1e3] * scale == pytest.approx(found[1.0, 1e3], rel=1e-4)
+    assert optimizer.hyperparameters["lr"].bounds == pytest.approx(
+        (1e-4 * found[scale, 1e3], 1e2 * found[scale, 1e3])
+    )
+
+
+def test_trials_that_see_only_the_biases_are_warned_of():
+    torch.manual_seed(0)
+    model, (x, y) = torch.nn.Linear(64, 10), VALIDATION
+    batches = [(0.01 * x[i : i + 50], y[i : i + 50]) for i in range(0, 300, 50)]
+    with pytest.warns(hypertorch.HypertorchWarning, match="which says little of η"):
+        from_any_start(sgd(model), model, cross_entropy, batches, batches, STEPS)
+
+
+def test_a_model_in_eval_mode_is_warned_of():
+    model, (train, validation) = network().eval(), loaders()
+    with pytest.warns(hypertorch.HypertorchWarning, match="is in eval mode"):
+        from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS)
+
+
+@pytest.mark.parametrize("kind", ["tuple", "dict", "list of tensors"])
+def test_examples_of_nested_targets_are_counted(kind):
+    """100 in a batch: two of them hold the 150 that judge a trial."""
+    wrap = {
+        "tuple": lambda y: (y, y, y),
+        "dict": lambda y: {"class": y},
+        "list of tensors": lambda y: [y, y],
+    }[kind]
+    model, (train, validation) = network(), loaders()
+    batches = [(x, wrap(y)) for x, y in train]
+    held_out = [(x, wrap(y)) for x, y in validation]
+
+    def criterion(z, y):
+        return cross_entropy(z, y["class"] if isinstance(y, dict) else y[0])
+
+    optimizer = from_any_start(
+        sgd(model), model, criterion, batches, held_out, STEPS, outer_criterion=criterion
+    )
+    plain = network()
+    batches, held_out = ([(x, y) for x, y in loader] for loader in loaders())
+    other = from_any_start(
+        sgd(plain), plain, cross_entropy, batches, held_out, STEPS, outer_criterion=cross_entropy
+    )
+    assert optimizer.cost == other.cost
+
+
+# What has no second derivative.
+
+
+class Sine(torch.autograd.Function):
+    """As a kernel of one's own is often written."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.sin()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+class Distances(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.centres = torch.nn.Parameter(torch.randn(10, 64))
+
+    def forward(self, x):
+        return -torch.cdist(x, self.centres)
+
+
+class Sines(torch.nn.Sequential):
+    def forward(self, x):
+        return self[1](Sine.apply(self[0](x)))
+
+
+def sines():
+    return Sines(torch.nn.Linear(64, 8), torch.nn.Linear(8, 10))
+
+
+@pytest.mark.parametrize(("build", "says"), [(sines, "`Sine`"), (Distances, "_cdist_backward")])
+def test_a_loss_without_second_derivatives_is_refused_before_anything(build, says):
+    model, (train, validation) = build(), loaders()
+    bare = sgd(model)
+    before = copy.deepcopy((model.state_dict(), bare.state_dict()))
+    with pytest.raises(hypertorch.UnsupportedError, match=says) as error:
+        from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    assert "engine=FirstOrder()" in str(error.value)
+    assert str((model.state_dict(), bare.state_dict())) == str(before)
+    own = {"engine": hypertorch.FirstOrder()}
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS, **own)
+    for x, y in train:
+        optimizer.zero_grad()
+        cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "engine",
+    [
+        hypertorch.Unroll(),
+        hypertorch.Replay(),
+        hypertorch.Forward(),
+        hypertorch.Implicit(hypertorch.Lanczos(max_steps=4)),
+    ],
+    ids=lambda engine: type(engine).__name__,
+)
+def test_no_engine_leaves_a_second_derivative_out(engine):
+    """Torch puts a node in its place that raises when it is reached, and it is not reached."""
+    model, (x, y) = sines(), VALIDATION
+    optimizer = HyperOptimizer(sgd(model), model, outer=None, learn="weight_decay")
+
+    def loss():
+        return cross_entropy(model(x), y)
+
+    delayed = torch._C._functions.DelayedError
+    with pytest.raises(hypertorch.UnsupportedError, match="`Sine`, an autograd function"):
+        hypertorch.hypergradient(optimizer, [loss] * 3, loss, engine)
+    assert torch._C._functions.DelayedError is delayed
+    found = hypertorch.hypergradient(optimizer, [loss] * 3, loss, hypertorch.FirstOrder())
+    assert found["weight_decay"].item() != 0

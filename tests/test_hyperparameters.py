@@ -251,6 +251,14 @@ def test_a_mapping_names_a_hyperparameter():
     assert optimizer.hyperparameters["mix"] is alpha and alpha.name == "mix"
 
 
+def test_names_in_a_set_are_in_the_order_of_the_alphabet():
+    """Its own order is another in each process, and a checkpoint's rule goes by the order."""
+    model = mlp()
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.5, weight_decay=0.1)
+    optimizer = wrapped(bare, model, learn={"weight_decay", "momentum", "lr"})
+    assert list(optimizer.hyperparameters) == ["lr", "momentum", "weight_decay"]
+
+
 def test_a_mapping_that_is_refused_renames_nothing():
     model, alpha, beta = mlp(), Hyperparameter(0.5), Hyperparameter(0.5, unit_interval)
     bare = torch.optim.SGD(model.parameters(), lr=0.1)

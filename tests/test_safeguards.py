@@ -1,5 +1,6 @@
 """Divergence: caught before it touches anything, rolled back, η lowered, and the run goes on."""
 
+import copy
 import math
 
 import pytest
@@ -326,3 +327,35 @@ def test_a_model_loaded_before_the_first_step_is_what_a_rollback_returns_to():
     train(model, optimizer, [poisoned(batches(1)[0])])
     for name in ("0.weight", "4.bias"):
         assert torch.equal(model.state_dict()[name], trained.state_dict()[name])
+
+
+# Where a step is judged later, as on an accelerator.
+
+
+def judged_later(self, loss, grads):
+    """The branch of `Safeguards.watch` for tensors whose values would have to be waited for."""
+    norm = torch.nn.utils.get_total_norm([g for g in grads if g is not None]).detach()
+    seen = norm if loss is None else loss.detach().to(norm).reshape(())
+    self._pending.append((torch.stack([seen, norm]), loss is not None))
+
+
+@pytest.mark.parametrize("act", ["state_dict", "deepcopy", "search_lr"])
+def test_what_went_wrong_unseen_is_rolled_back_before_it_is_saved(act, monkeypatch):
+    monkeypatch.setattr(Safeguards, "watch", judged_later)
+    model, data = network(), batches(30)
+    optimizer = wrapped(built("SGD with momentum", model), model, window=3, update_every=20)
+    train(model, optimizer, [*data[:5], poisoned(data[5]), data[6]])
+    assert not all(w.isfinite().all() for w in weights(model))
+    if act == "state_dict":
+        saved = optimizer.state_dict()["state"].values()
+        assert all(buffer.isfinite().all() for state in saved for buffer in state.values())
+    elif act == "deepcopy":
+        copy.deepcopy(optimizer)
+    else:
+        x, y = data[0]
+        hypertorch.search_lr(optimizer, [lambda: mse(model(x), y)] * 9, lambda: mse(model(x), y))
+    assert all_finite(model, optimizer)
+    assert optimizer.rollbacks == 1
+    train(model, optimizer, data[7:])
+    assert all_finite(model, optimizer)
+    assert optimizer.rollbacks == 1

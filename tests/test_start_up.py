@@ -138,7 +138,7 @@ def test_where_nothing_can_be_learned_the_lr_stays():
     validation = hypertorch.ValidationLoss(model, mse, [(noise(1)[0][0], noise(1)[0][1] * 0)])
     nn.init.zeros_(model[4].weight), nn.init.zeros_(model[4].bias)
     optimizer = HyperOptimizer(built("SGD", model, 0.1), model, validation)
-    with pytest.warns(hypertorch.HypertorchWarning, match="found no η that lowers"):
+    with pytest.warns(hypertorch.HypertorchWarning, match="lower the outer loss by 0.0% at most"):
         tried = search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(3)])
     assert optimizer.hyperparameters["lr"]().item() == pytest.approx(max(tried))
 
