@@ -64,7 +64,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     with torch.no_grad():
         beta = _inverse_temperature(logits.detach(), target, smoothing)
     return torch.nn.functional.cross_entropy(
-        beta * logits, target, ignore_index=_NO_CLASS, label_smoothing=smoothing
+        beta * logits.to(beta.dtype), target, ignore_index=_NO_CLASS, label_smoothing=smoothing
     )
 
 
@@ -91,7 +91,7 @@ def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Te
         beta = torch.minimum(torch.maximum(newton, beta / 2), beta * 2).clamp(_LOWEST, _HIGHEST)
         if beta.is_cpu and abs(beta / before - 1) <= _SETTLED:
             break
-    return (beta / scale).to(logits.dtype)
+    return beta / scale
 
 
 def _check(logits: Tensor, target: Tensor) -> None:

@@ -55,8 +55,7 @@ class HyperOptimizer(OptimizerWrapper):
         learn: names of float settings (`"lr"`, `"weight_decay"`, `"momentum"`, `"beta1"`, …) and
             `Hyperparameter` objects that the inner loss uses; or a mapping from a setting to how
             many there are ("shared", "group", "tensor", "element"; default "group"), and from any
-            other name to a `Hyperparameter`. A param group where a setting is 0 and another group's
-            is not has none of it (biases without weight decay): it stays 0 there.
+            other name to a `Hyperparameter`. A group at 0 beside others above has none of it.
         window: K ≥ 1, the steps differentiated together.
         update_every: steps from one outer update to the next, at least `window`; or `"epoch"`.
         steps_per_epoch: `len(train_loader)`, for `update_every="epoch"`.
@@ -306,9 +305,9 @@ class HyperOptimizer(OptimizerWrapper):
         """Return the state of weights' optimizer and of everything learned.
 
         `state` and `param_groups` are the wrapped optimizer's, with η_t as `lr`, so that the bare
-        optimizer loads them too; `hypertorch` holds the rest. A checkpoint inside a window cuts it
-        there: the steps before count as constants, the outer update comes at its time, and the
-        run that goes on and the run that is resumed do the same from then on.
+        optimizer loads them too (a scheduler has a base of its own); `hypertorch` holds the rest. A
+        checkpoint inside a window cuts it there: the steps before count as constants, the outer
+        update comes at its time, and both runs, the one that is resumed too, then do the same.
         """
         if self._loop is None:
             return self.optimizer.state_dict()
@@ -320,7 +319,7 @@ class HyperOptimizer(OptimizerWrapper):
 
     @torch._disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken; one of the bare optimizer sets the starting values.
+        """Go on where `state_dict` was taken, in its rhythm; a bare one sets the starting values.
 
         Raises:
             CheckpointError: it does not fit this optimizer, which is left untouched.

@@ -118,8 +118,9 @@ def start_weight_decay(
     steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs, or at
     the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
     within the run, and with one far below nothing else has: from now on λ stays within
-    T / τ = 0.1 … 300. Each group has the λ of its own η, so call it after `search_lr`; one λ that
-    they share is that of the first.
+    T / τ = 0.1 … 300; where groups have several η, between the least and the most of their λ.
+    Each group has the λ of its own η, so call it after `search_lr`; one λ that they share is that
+    of the first.
 
     Args:
         optimizer: learns `weight_decay`.

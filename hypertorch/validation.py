@@ -23,6 +23,7 @@ class ValidationLoss:
     The model is in eval mode meanwhile and back in its former modes afterwards, BatchNorm
     statistics count as constants, and training's random numbers are untouched: shuffling draws
     from a stream of its own, which is in the state dict together with the position in the loader.
+    It is torch's: an order drawn from `random` or numpy is another one after a checkpoint.
 
     Args:
         model: the model that trains; inside a window it holds the fast weights.
