@@ -46,7 +46,7 @@ AVERAGE, WINDOW = 0.9, 60
 OVERHEAD, UPDATE_COST, UPDATE_EVERY = 0.15, 10, 100
 #: λ meanwhile: whatever λ₀ is, all starts try the same. η may be any; then it stays near what is
 #: found, by these factors.
-NO_DECAY, RATES, AROUND = 1e-8, (1e-12, 1e12), (1e-4, 1e2)
+NO_DECAY, RATES, AROUND = 1e-8, (1e-30, 1e12), (1e-4, 1e2)
 #: At most how far η and λ go in an update, in nats, and how long their hypergradients are averaged.
 MAX_STEPS, DECAY = (0.1, 0.7), 0.5
 

@@ -18,7 +18,7 @@ from .errors import SolverError
 from .hypergradients.linear_solvers import LinearSolver
 from .hypergradients.linear_system import dot, length
 from .hyperparameters import Hyperparameter
-from .inner_problem import InnerProblem, InnerSolver, Loss, Minimizer, copy
+from .inner_problem import InnerProblem, InnerSolver, Loss, Minimizer, check_callable, copy
 from .nested_problem import Costs, Evaluation, NestedProblem
 from .step_rules import Descent, Move, Published, StepRule
 
@@ -185,6 +185,7 @@ class HOAG:
             inner_loss, outer_loss, params, hyperparameters, inner_solver, linear_solver, scale
         )
         self.tolerance = tolerance or quadratic()
+        check_callable(self.tolerance, "tolerance")
         self.step_rule = step_rule or Descent()
         self.iterations: list[Iteration] = []
         self._tightening = 1.0  # of ε; halved by each rejection

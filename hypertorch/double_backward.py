@@ -77,7 +77,9 @@ def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> No
     params = [p for p in model.parameters() if p.requires_grad]
     try:
         with TwiceDifferentiable(model).held(), torch.enable_grad():
-            found = torch.autograd.grad(loss(), params, create_graph=True, allow_unused=True)
+            value = loss()
+            seed = torch.ones_like(value, requires_grad=True)
+            found = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
             norm = torch.stack([g.square().sum() for g in found if g is not None]).sum()
             if norm.requires_grad:
                 torch.autograd.grad(norm, params, allow_unused=True)
@@ -86,7 +88,7 @@ def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> No
     except Exception as error:
         if "derivative for" in str(error):
             raise UnsupportedError(
-                f"An operation that the loss uses has no second derivative: {error}."
+                f"An operation that the loss uses has no second derivative: {error}"
             ) from error
 
 
@@ -137,7 +139,8 @@ def _refusing_once_differentiable() -> Iterator[None]:
     """Raise where a second derivative would go missing.
 
     Torch leaves a node in its place that raises when it is reached, and it is not reached where
-    derivatives are asked for by tensors.
+    derivatives are asked for by tensors. It does so where the incoming gradient has a graph, so
+    that a loss's own gradient, 1, must be given one.
     """
     functions = torch._C._functions
     delayed = functions.DelayedError
@@ -153,8 +156,8 @@ def _refuse(*_: Any) -> NoReturn:
     name = "A function" if context is None else type(context).__name__.removesuffix("Backward")
     raise UnsupportedError(
         f"`{name}`, an autograd function that the loss uses, is marked `once_differentiable`: it "
-        "has no second derivatives, and a window needs them. Use `FirstOrder` or `Displacement`, "
-        "or write its backward in differentiable operations."
+        "has no second derivatives, which are needed here. Write its backward in differentiable "
+        "operations; or learn by `FirstOrder` or `Displacement`, which need none."
     )
 
 

@@ -6,11 +6,13 @@ Its second derivatives ∂²h/∂w² v and (∂²h/∂λ∂w)ᵀ v are products;
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from .double_backward import TwiceDifferentiable
 from .errors import ArgumentError, ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient
 from .hypergradients.linear_system import length
@@ -31,11 +33,18 @@ class InnerProblem:
     def __init__(self, loss: Loss, params: Iterable[Tensor]) -> None:
         if isinstance(params, Tensor):
             raise ArgumentTypeError("`params` must be a list of tensors. Got a tensor: write [w].")
+        check_callable(loss, "inner_loss")
         self.loss = loss
         self.params = [p for p in params if p.requires_grad]
         if not self.params:
             raise ArgumentError("`params` holds no tensor that requires a gradient.")
+        if not all(p.is_leaf for p in self.params):
+            raise ArgumentError(
+                "`params` must be leaf tensors, which a solver can move. Got one that was computed "
+                "from others: pass those, or `w.detach().requires_grad_()`."
+            )
         self.gradients = self.products = 0
+        self._twice = TwiceDifferentiable(torch.nn.Module())
 
     def value_and_gradient(self) -> tuple[Tensor, list[Tensor]]:
         """Return h and ∇_w h at the present w, without a graph."""
@@ -48,17 +57,45 @@ class InnerProblem:
 
     def _differentiated(self, create_graph: bool) -> tuple[Tensor, list[Tensor]]:
         self.gradients += 1
-        with torch.enable_grad():
-            loss = self.loss()
-        if not loss.requires_grad or loss.numel() != 1:
-            raise ArgumentError(
-                "`inner_loss` must return one number that depends on `params`. Got a tensor of "
-                f"shape {list(loss.shape)}, requires_grad={loss.requires_grad}."
+        with self._twice.held() if create_graph else nullcontext():
+            loss = evaluated(self.loss, "inner_loss")
+            # for the seed see `double_backward`
+            seed = torch.ones_like(loss, requires_grad=True) if create_graph else None
+            gradient = torch.autograd.grad(
+                loss, self.params, seed, create_graph=create_graph, materialize_grads=True
             )
-        gradient = torch.autograd.grad(
-            loss, self.params, create_graph=create_graph, materialize_grads=True
-        )
         return loss, list(gradient)
+
+
+def check_callable(what: object, name: str) -> None:
+    """Refuse what is no closure.
+
+    Raises:
+        ArgumentTypeError: says what it is.
+    """
+    if not callable(what):
+        raise ArgumentTypeError(f"`{name}` must be callable. Got {type(what).__name__}.")
+
+
+def evaluated(loss: Loss, name: str) -> Tensor:
+    """Return a loss with its graph.
+
+    Raises:
+        ArgumentTypeError, ArgumentError: it is no number, or does not depend on `params`.
+    """
+    with torch.enable_grad():
+        found = loss()
+    if not isinstance(found, Tensor):
+        raise ArgumentTypeError(
+            f"`{name}` must return a tensor. Got {type(found).__name__}. Return the loss itself, "
+            "not its `.item()`."
+        )
+    if not found.requires_grad or found.numel() != 1:
+        raise ArgumentError(
+            f"`{name}` must return one number that depends on `params`. Got a tensor of "
+            f"shape {list(found.shape)}, requires_grad={found.requires_grad}."
+        )
+    return found
 
 
 class Derivatives:

@@ -22,7 +22,15 @@ from .errors import (
 from .hypergradients.linear_solvers import ConjugateGradient, Lanczos, LinearSolver
 from .hypergradients.linear_system import length
 from .hyperparameters import Hyperparameter
-from .inner_problem import Derivatives, InnerProblem, InnerSolver, Loss, Minimizer
+from .inner_problem import (
+    Derivatives,
+    InnerProblem,
+    InnerSolver,
+    Loss,
+    Minimizer,
+    check_callable,
+    evaluated,
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ class NestedProblem:
         scale: float | None = None,
     ) -> None:
         self.inner = InnerProblem(inner_loss, params)
+        check_callable(outer_loss, "outer_loss")
         self.outer_loss = outer_loss
         self.hyperparameters = _by_name(hyperparameters)
         for h in self.hyperparameters.values():
@@ -124,14 +133,7 @@ class NestedProblem:
         residual = length(derivatives.gradient) / self.scale
         if not residual <= 1.01 * tolerance:
             self._warn(residual, tolerance)
-        with torch.enable_grad():
-            loss = self.outer_loss()
-        if loss.numel() != 1 or not loss.requires_grad:
-            raise ArgumentError(
-                "`outer_loss` must return one number that depends on `params`. Got a tensor of "
-                f"shape {list(loss.shape)}, requires_grad={loss.requires_grad}."
-            )
-        return Evaluation(loss, derivatives, residual)
+        return Evaluation(evaluated(self.outer_loss, "outer_loss"), derivatives, residual)
 
     def differentiated(self, at: Evaluation, tolerance: float) -> tuple[dict[str, Tensor], float]:
         """Return df/dλ by name and ‖∂_w E − H v‖₂ / ‖∂_w E‖₂.

@@ -296,7 +296,8 @@ class HyperOptimizer(OptimizerWrapper):
         new = {**self.defaults, **param_group, "params": params}
         check_options(type(self.optimizer).__name__, new)
         additions = self._loop.groups.additions(new) if self._loop else {}
-        self.close()
+        if self._loop:
+            self._loop.cut()
         self.optimizer.add_param_group({**param_group, "params": params})
         if self._loop:
             self._loop.add_group(additions)

@@ -75,10 +75,9 @@ class OuterLoop:
         self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
         self._age, self._cuts, self._steps_in_window = 0, 0, 0  # age: steps since a snapshot
-        self._losses: list[Tensor] = []
+        self._losses, self._inner_losses = list[Tensor](), list[Tensor]()
         self.hypergradients: dict[str, Tensor] | None = None
         self.outer_loss_value: Tensor | None = None
-        self._inner_losses: list[Tensor] = []
         self.engine.check(self._new_training())
         self.rule = self._new_rule()
         self.groups.start()
@@ -278,7 +277,8 @@ class OuterLoop:
         self.settings_were_set()
 
     def restart(self) -> None:
-        """Learn on from the numbers that the param groups hold."""
+        """Learn on from the numbers that the param groups hold; what was before does not count."""
+        self.safeguards.forget()
         self.groups.restart()
         self.position = 0
         self.settings_were_set()

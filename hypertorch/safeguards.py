@@ -83,8 +83,9 @@ class Safeguards:
         return snapshot.state
 
     def forget(self) -> None:
-        """Drop the state to return to; the next step remembers its own."""
+        """Drop the state to return to, and what was seen since; the next step remembers its own."""
         self._good = self._candidate = None
+        self._pending.clear()
 
     def watch(self, loss: Tensor | None, grads: Sequence[Tensor | None]) -> None:
         """Raise `Diverged` if this step must not be made (on an accelerator: must be undone).

@@ -64,8 +64,12 @@ class Setting(Hyperparameter):
     def _see_where(self, values: Sequence[float], zero_is_none: bool | None = None) -> None:
         """Set in which groups it is learned, from what they hold."""
         self._zero_is_none = any(values) if zero_is_none is None else zero_is_none
-        at_edge = bounds_of(self.constraint)[0] == 0
-        self.learned_in = [not (self._zero_is_none and at_edge and v == 0) for v in values]
+        has_none = self._zero_is_none and bounds_of(self.constraint)[0] == 0
+        is_empty = [not (self.is_scalar or shapes) for shapes in self.shapes]
+        self.learned_in = [
+            not (empty or (has_none and value == 0))
+            for value, empty in zip(values, is_empty, strict=True)
+        ]
 
     def _learned(self, values: Sequence[float]) -> list[float]:
         return [v for v, is_learned in zip(values, self.learned_in, strict=True) if is_learned]

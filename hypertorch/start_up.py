@@ -63,9 +63,9 @@ def search_lr(
         outer_batches: how many batches of training's size E takes, for `optimizer.cost`.
 
     Returns:
-        E by the η tried (the first group's), infinite where the inner loss came to thrice its first
-        value. The learned η is now the best of them, or with a warning the first of them, where
-        none lowers E.
+        E by the η tried (of several groups the largest), infinite where the inner loss came to
+        thrice its first value. The learned η is now the best of them, or with a warning the first,
+        where none lowers E.
 
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
@@ -153,7 +153,7 @@ def start_weight_decay(
     whole("steps", steps)
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
-    optimizer.close()
+    loop.cut()
     weakest, strongest = 0.1, 300.0  # T / τ
     ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
@@ -186,7 +186,7 @@ def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
 
 
 class _Search:
-    """Trials by the first group's η; the others keep their ratios to it."""
+    """Trials by the largest η of the param groups; the others keep their ratios to it."""
 
     def __init__(
         self,
@@ -199,8 +199,8 @@ class _Search:
         self.optimizer, self.lr, self.inner = optimizer, lr, inner
         self.outer, self.outer_cost = outer, outer_cost
         present = lr.value.detach()
-        self.start = present.flatten()[0].item()
-        self.ratios = present / present.flatten()[0]
+        self.start = present.max().item()
+        self.ratios = present / present.max()
         self.found: dict[int, float] = {}  # E, by half decades from the first η
         self.first = self.start
         self.cost = 0.0

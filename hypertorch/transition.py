@@ -9,14 +9,14 @@ from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .dynamics import Dynamics, read_setting
 from .errors import WindowError
-from .hyperparameters import Hyperparameter
+from .hyperparameters import Hyperparameter, number_of
 from .settings import Setting
 from .state import Parts, State
 
@@ -40,6 +40,17 @@ class Transition:
     groups: list[dict[str, Any]]
     settings: Mapping[str, Setting]
     schedule: list[float]
+
+    def frozen(self) -> list[bool]:
+        """Return for each parameter whether its group's η is 0, beside another whose is not."""
+        is_learned = [False] * len(self.groups)
+        if "lr" in self.settings:
+            is_learned = self.settings["lr"].learned_in
+        rates = [number_of(group.get("initial_lr", group["lr"])) for group in self.groups]
+        both = zip(is_learned, rates, strict=True)
+        moves = [own or bool(cast(Tensor, rate).any()) for own, rate in both]
+        pairs = zip(moves, self.groups, strict=True)
+        return [any(moves) and not own for own, group in pairs for _ in group["params"]]
 
     def overrides(self) -> Overrides:
         """Return what Φ uses in place of the groups' numbers: η_t and the other learned λ."""
@@ -113,8 +124,9 @@ class Linearised:
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
         self._joint = [*_trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
+        seed = torch.ones_like(loss, requires_grad=True)  # see `double_backward`
         self._gradient = torch.autograd.grad(
-            loss, self._joint, create_graph=True, allow_unused=True
+            loss, self._joint, seed, create_graph=True, allow_unused=True
         )
         found = iter(self._gradient)
         self.grads = [next(found) if p.requires_grad else None for p in state.params]
@@ -296,8 +308,10 @@ def gradients(
     Raises:
         WindowError: the loss depends on none of them.
     """
+    seed = torch.ones_like(loss, requires_grad=True) if create_graph else None  # as above
+    trainable = _trainable(params)
     found = iter(
-        torch.autograd.grad(loss, _trainable(params), create_graph=create_graph, allow_unused=True)
+        torch.autograd.grad(loss, trainable, seed, create_graph=create_graph, allow_unused=True)
     )
     grads = [next(found) if p.requires_grad else None for p in params]
     check_dependence(grads)

@@ -321,13 +321,19 @@ def test_a_loss_without_second_derivatives_is_refused_before_anything(build, say
     ],
     ids=lambda engine: type(engine).__name__,
 )
-def test_no_engine_leaves_a_second_derivative_out(engine):
-    """Torch puts a node in its place that raises when it is reached, and it is not reached."""
-    model, (x, y) = sines(), VALIDATION
+@pytest.mark.parametrize("place", ["inside", "last"])
+def test_no_engine_leaves_a_second_derivative_out(engine, place):
+    """Torch puts a node in its place that raises when it is reached, and it is not reached.
+
+    Behind the last operation it does not even do that, since the loss's own gradient has no graph.
+    """
+    (x, y), plain = VALIDATION, torch.nn.Linear(64, 10)
+    model = sines() if place == "inside" else plain
     optimizer = HyperOptimizer(sgd(model), model, outer=None, learn="weight_decay")
 
     def loss():
-        return cross_entropy(model(x), y)
+        value = cross_entropy(model(x), y)
+        return value if place == "inside" else Sine.apply(value)
 
     delayed = torch._C._functions.DelayedError
     with pytest.raises(hypertorch.UnsupportedError, match="`Sine`, an autograd function"):

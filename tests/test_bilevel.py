@@ -681,3 +681,65 @@ def test_a_hypergradient_that_is_not_finite_is_reported():
     problem.outer_loss = lambda: problem.w.sum().sqrt() * 0 + problem.w.sum() * float("inf")
     with pytest.raises(SolverError, match="is not finite"):
         problem.hoag().step()
+
+
+class Square(torch.autograd.Function):
+    """x², without second derivatives."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient * ctx.saved_tensors[0]
+
+
+@pytest.mark.parametrize("place", ["inside", "last"])
+def test_an_inner_loss_without_second_derivatives_is_refused(place):
+    w = torch.ones(2, **f64, requires_grad=True)
+    decay = Hyperparameter(torch.tensor(0.5, **f64), positive, name="decay")
+
+    def inner():
+        if place == "inside":
+            return Square.apply(w - 2).sum() + decay() * w.square().sum()
+        return Square.apply((w - 2).norm() + decay() * w.norm())
+
+    with pytest.raises(UnsupportedError, match="`Square`, an autograd function"):
+        HOAG(inner, lambda: (w - 1).square().sum(), [w], decay).step()
+
+
+def bad_arguments():
+    w = torch.ones(2, **f64, requires_grad=True)
+    decay = Hyperparameter(torch.tensor(0.5, **f64), positive, name="decay")
+
+    def inner():
+        return (w - 2).square().sum() + decay() * w.square().sum()
+
+    def outer():
+        return (w - 1).square().sum()
+
+    good = {"inner_loss": inner, "outer_loss": outer, "params": [w], "hyperparameters": decay}
+    return {
+        "an outer number": (
+            good | {"outer_loss": lambda: 1.0},
+            "`outer_loss` must return a tensor",
+        ),
+        "an inner number": (
+            good | {"inner_loss": lambda: 1.0},
+            "`inner_loss` must return a tensor",
+        ),
+        "no outer closure": (good | {"outer_loss": outer()}, "`outer_loss` must be callable"),
+        "no inner closure": (good | {"inner_loss": inner()}, "`inner_loss` must be callable"),
+        "no schedule": (good | {"tolerance": 1e-3}, "`tolerance` must be callable"),
+        "no leaves": (good | {"params": [2 * w]}, "`params` must be leaf tensors"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_arguments())
+def test_arguments_that_cannot_work_are_refused(case):
+    arguments, says = bad_arguments()[case]
+    with pytest.raises((ArgumentError, ArgumentTypeError), match=says):
+        HOAG(**arguments).step()

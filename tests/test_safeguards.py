@@ -359,3 +359,47 @@ def test_what_went_wrong_unseen_is_rolled_back_before_it_is_saved(act, monkeypat
     train(model, optimizer, data[7:])
     assert all_finite(model, optimizer)
     assert optimizer.rollbacks == 1
+
+
+def gone_wrong(monkeypatch, groups=None):
+    """Return a model that a step has ruined unseen, its wrapper, and the state before."""
+    monkeypatch.setattr(Safeguards, "watch", judged_later)
+    model, data = mlp(), batches(9)
+    bare = torch.optim.SGD(groups(model) if groups else model.parameters(), lr=0.1, momentum=0.5)
+    bare.param_groups[0]["weight_decay"] = 0.2
+    optimizer = wrapped(bare, model, window=3, update_every=20)
+    train(model, optimizer, data[:4])
+    good = copy.deepcopy((model.state_dict(), bare.state_dict()))
+    train(model, optimizer, [poisoned(data[4])])
+    assert not all(w.isfinite().all() for w in weights(model))
+    return model, optimizer, good
+
+
+def test_what_is_loaded_is_not_rolled_back(monkeypatch):
+    model, optimizer, good = gone_wrong(monkeypatch)
+    model.load_state_dict(good[0])
+    optimizer.load_state_dict(good[1])
+    assert_identical(model.state_dict(), good[0])
+    assert_identical(optimizer.optimizer.state_dict()["state"], good[1]["state"])
+    assert optimizer.rollbacks == 0
+    train(model, optimizer, batches(20))
+    assert all_finite(model, optimizer) and optimizer.rollbacks == 0
+
+
+def test_a_group_is_added_to_the_last_good_state(monkeypatch):
+    def one_layer(model):
+        return [{"params": [model[0].weight]}, {"params": [model[0].bias], "weight_decay": 0.1}]
+
+    model, optimizer, _ = gone_wrong(monkeypatch, one_layer)
+    optimizer.add_param_group({"params": model[2].parameters(), "weight_decay": 0.3})
+    assert all_finite(model, optimizer) and optimizer.rollbacks == 1
+    assert [h().shape for h in optimizer.hyperparameters.values()] == [(3,), (3,)]
+    train(model, optimizer, batches(20))
+    assert all_finite(model, optimizer) and optimizer.rollbacks == 1
+
+
+def test_a_start_of_the_decay_is_not_rolled_back(monkeypatch):
+    model, optimizer, _ = gone_wrong(monkeypatch)
+    found = hypertorch.start_weight_decay(optimizer, steps=500, steps_per_epoch=5)
+    assert optimizer.hyperparameters["weight_decay"]().item() == pytest.approx(found)
+    assert all_finite(model, optimizer) and optimizer.rollbacks == 1

@@ -298,6 +298,18 @@ def test_a_checkpoint_of_other_groups_is_refused_and_says_so(decays):
 
 
 @pytest.mark.parametrize("granularity", COUNTS)
+def test_a_group_without_parameters_has_nothing_to_learn(granularity):
+    model = network()
+    groups = [{"params": []}, {"params": list(model.parameters())}]
+    bare = optim.SGD(groups, lr=0.1, momentum=0.5, weight_decay=0.2)
+    learn = dict.fromkeys(("lr", "weight_decay"), granularity)
+    optimizer = wrapped(bare, model, learn=learn)
+    train(model, optimizer, batches(12))
+    assert bare.param_groups[1]["weight_decay"] != 0.2
+    assert all(h.value.isfinite().all() for h in optimizer.hyperparameters.values())
+
+
+@pytest.mark.parametrize("granularity", COUNTS)
 def test_means_are_zero_in_groups_without_it(granularity):
     shapes = [[torch.Size([2, 3])], [torch.Size([2]), torch.Size([])], [torch.Size([4])]]
     decay = Setting("weight_decay", [0.5, 0.0, 0.5], shapes, positive, granularity)
@@ -341,6 +353,33 @@ def test_implicit_in_closed_form_where_a_group_has_no_decay():
     exact = -(at_rest - target) @ torch.linalg.solve(hessian + 0.4 * on.diag(), on * at_rest)
     assert found["weight_decay"].shape == (1,)
     assert found["weight_decay"].item() == pytest.approx(exact.item(), rel=1e-9)
+
+
+@pytest.mark.parametrize("kind", [optim.SGD, optim.AdamW], ids=["SGD", "AdamW"])
+def test_implicit_in_closed_form_where_a_group_is_frozen(kind):
+    """dE/dλ = −∂_w E (P⁻¹ H + λ)⁻¹ w over the weights that move, and 0 for the others' λ."""
+    model, bare, loss, (hessian, _) = quadratic(kind, [0.4, 0.3], lr=1e-9)
+    bare.param_groups[1]["lr"] = 0.0
+    optimizer = HyperOptimizer(bare, model, learn="weight_decay", outer=None)
+    for _ in range(3):
+        bare.zero_grad()
+        loss().backward()
+        bare.step()
+    w, target = torch.cat(list(model)).detach(), torch.linspace(-1, 1, 6).double()
+    p = torch.ones(3).double()
+    if kind is optim.AdamW:
+        state = bare.state[model[0]]
+        p = (state["exp_avg_sq"] / (1 - 0.999 ** state["step"])).sqrt() + 1e-8
+
+    def outer():
+        return 0.5 * (torch.cat(list(model)) - target).square().sum()
+
+    matrix = hessian[:3, :3] + 0.4 * p.diag()
+    exact = -(w - target)[:3] @ torch.linalg.solve(matrix, p * w[:3])
+    engine = Implicit(Lanczos(max_steps=3), holds_preconditioner=True)
+    found = hypergradient(optimizer, [loss], outer, engine)["weight_decay"]
+    assert found.tolist() == pytest.approx([exact.item(), 0.0], rel=1e-5)
+    assert found[1] == 0
 
 
 def test_implicit_of_adamw_in_the_coordinates_in_which_both_groups_descend():

@@ -217,3 +217,22 @@ def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():
     other = HyperOptimizer(built("SGD", model), model, outer_loss(model), learn="lr")
     with pytest.raises(hypertorch.ArgumentError, match="learned `weight_decay`"):
         start_weight_decay(other, 10)
+
+
+@pytest.mark.parametrize("rates", [(1e-13, 1.0), (1.0, 1e-13), (1e-20, 0.1)])
+def test_groups_of_very_different_eta_keep_their_ratio(rates):
+    model = network()
+    layers = [model[0].parameters(), model[4].parameters()]
+    groups = [{"params": p, "lr": rate} for p, rate in zip(layers, rates, strict=True)]
+    optimizer = HyperOptimizer(torch.optim.SGD(groups), model, loss_of(model), learn="lr")
+    lr = optimizer.hyperparameters["lr"]
+    lr.bound((1e-30, 1e12))
+    search_lr(optimizer, [loss_of(model)] * 5)
+    found = lr().tolist()
+    assert found[0] / found[1] == pytest.approx(rates[0] / rates[1], rel=1e-4)
+    assert 1e-3 < max(found) < 1e3
+
+
+def loss_of(model):
+    x, y = batches(1)[0]
+    return partial(loss, model, x, y)

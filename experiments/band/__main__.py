@@ -17,6 +17,11 @@ from experiments.band.work import do_all
 from experiments.config_errors import ConfigError
 
 BAD_INPUT, INTERRUPTED = 2, 130
+HELP = """python -m experiments.band [tier=quick|full] [task=NAME] [methods=[NAME,…]] [key=value …]
+
+Trains from every start by every method, goes on where it stopped, and compares with the grid.
+tier.size.seeds=[0,1,2] sets a tier's seeds, workers=2 the processes, root=FOLDER where rows are.
+Tasks, methods and all keys: configs/band/ and experiments/band/README.md."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +34,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     overrides = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(overrides):
+        print(HELP)
+        return 0
     torch.set_num_threads(1)
     try:
         config = load_band(overrides)

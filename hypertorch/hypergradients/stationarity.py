@@ -195,7 +195,8 @@ class OfWeights(Stationarity):
         super().__init__(linearised)
         transition, params = linearised.transition, linearised.state.params
         settings, dynamics = transition.parameter_settings(), transition.dynamics
-        grads = {i: g for i, g in enumerate(linearised.grads) if g is not None}
+        moves = [not is_frozen for is_frozen in transition.frozen()]
+        grads = {i: g for i, g in enumerate(linearised.grads) if g is not None and moves[i]}
         buffers = linearised.state.buffers if holds_preconditioner else [{} for _ in params]
         found = [
             _at_rest(dynamics, params[i], g, settings[i], buffers[i]) for i, g in grads.items()

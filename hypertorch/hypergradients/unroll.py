@@ -84,8 +84,9 @@ class UnrolledWindow(Window):
         self._unrolled._track_higher_grads = not self._gradient_is_constant
         self._gradient_is_constant = False
         self._follow_groups(step.transition.groups)
+        loss = step.with_graph()
         params = self._unrolled.step(
-            step.with_graph(),
+            loss * torch.ones_like(loss, requires_grad=True),  # see `double_backward`
             params=self.params,
             override=step.transition.overrides(),
             grad_callback=checked,
