@@ -212,8 +212,8 @@ def _check_second_derivatives(inner: BatchLosses) -> float:
             check_second_derivatives(partial(inner.few, 2), inner.model)
     except UnsupportedError as error:
         raise UnsupportedError(
-            f"{error} λ is learned by them: `from_any_start` cannot. `HyperOptimizer` can, with "
-            "`engine=FirstOrder()`, after `search_lr`."
+            f"{error} `from_any_start` learns λ by second derivatives. Pass `engine=FirstOrder()`, "
+            "or use `HyperOptimizer` with that."
         ) from error
     return 6 / max(2, examples(inner.batches[0]))
 
