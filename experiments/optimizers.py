@@ -26,6 +26,18 @@ def build(node: Any, *args: Any, **extra: Any) -> Any:
     return target(*args, **extra, **settings)
 
 
+def bare_optimizer(node: Any, model: nn.Module) -> torch.optim.Optimizer:
+    """The optimizer of a configuration node, for a model's parameters.
+
+    Raises:
+        ConfigError: torch refuses its settings.
+    """
+    try:
+        return cast(torch.optim.Optimizer, build(node, model.parameters()))
+    except ValueError as error:
+        raise ConfigError(f"command line: `optimizer`: {error}.") from error
+
+
 def wrapped(
     bare: torch.optim.Optimizer,
     config: Config,

@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 from experiments.evaluation import BestWeights, evaluate
 from experiments.loaders import Examples, TensorLoader
 from experiments.optimizers import (
+    bare_optimizer,
     build,
     close,
     cost_of,
@@ -70,7 +71,7 @@ class Trainer:
         checkpoint = None if self.folder is None else self.folder.load_checkpoint(self.device)
         step = None if checkpoint is None else checkpoint["step"] + 1
         writer = self.recorder.open_writer(purge_step=step)
-        bare = build(self.config.optimizer, self.model.parameters())
+        bare = bare_optimizer(self.config.optimizer, self.model)
         loaders = self._train_loader(), self._validation_loader()
         started = time.perf_counter()  # some optimizers make trials first
         self.optimizer = wrapped(bare, self.config, self.model, *loaders, writer)

@@ -88,6 +88,11 @@ def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
     assert run(tiny(tmp_path, "hyper=none"), progress=False) == first
 
 
+def test_settings_that_torch_refuses_are_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"`optimizer`: Invalid learning rate: -1\.0\.$"):
+        run(tiny(tmp_path, "hyper=none", "optimizer.lr=-1"), progress=False)
+
+
 def test_a_folder_with_other_settings_is_refused(tmp_path):
     run(tiny(tmp_path, "hyper=none"), progress=False)
     with pytest.raises(ConfigError, match=r"`optimizer.lr` is 0.1 there and 0.2 here\. Choose"):
