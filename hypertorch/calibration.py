@@ -44,7 +44,8 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
         ArgumentError: the shapes are not those of classes and their numbers.
 
     Cost: one cross-entropy with its gradient, and the softmaxes of z that Newton's method takes,
-    five to ten on a CPU, and 24 elsewhere, where nothing waits to see whether β has settled.
+    five to ten on a CPU, and 24 elsewhere, where nothing waits to see whether β has settled, but
+    once for n.
 
     Example:
         >>> z, y = torch.tensor([[2.0, 0.0], [0.0, 1.0], [1.0, 0.0]]), torch.tensor([0, 1, 1])

@@ -66,6 +66,14 @@ class TwiceDifferentiable:
             self.release()
 
 
+def seed(loss: Tensor) -> Tensor:
+    """Return a loss's own gradient, 1, to begin backward with where its graph is kept.
+
+    It has a graph itself, so that a last operation without second derivatives is noticed.
+    """
+    return torch.ones_like(loss, requires_grad=True)
+
+
 def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> None:
     """Refuse a loss of a model's weights that cannot be differentiated twice.
 
@@ -78,8 +86,9 @@ def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> No
     try:
         with TwiceDifferentiable(model).held(), torch.enable_grad():
             value = loss()
-            seed = torch.ones_like(value, requires_grad=True)
-            found = torch.autograd.grad(value, params, seed, create_graph=True, allow_unused=True)
+            found = torch.autograd.grad(
+                value, params, seed(value), create_graph=True, allow_unused=True
+            )
             norm = torch.stack([g.square().sum() for g in found if g is not None]).sum()
             if norm.requires_grad:
                 torch.autograd.grad(norm, params, allow_unused=True)
@@ -139,8 +148,8 @@ def _refusing_once_differentiable() -> Iterator[None]:
     """Raise where a second derivative would go missing.
 
     Torch leaves a node in its place that raises when it is reached, and it is not reached where
-    derivatives are asked for by tensors. It does so where the incoming gradient has a graph, so
-    that a loss's own gradient, 1, must be given one.
+    derivatives are asked for by tensors. It does so where the incoming gradient has a graph: see
+    `seed`.
     """
     functions = torch._C._functions
     delayed = functions.DelayedError

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .double_backward import TwiceDifferentiable
+from .double_backward import TwiceDifferentiable, seed
 from .errors import ArgumentError, ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient
 from .hypergradients.linear_system import length
@@ -59,10 +59,9 @@ class InnerProblem:
         self.gradients += 1
         with self._twice.held() if create_graph else nullcontext():
             loss = evaluated(self.loss, "inner_loss")
-            # for the seed see `double_backward`
-            seed = torch.ones_like(loss, requires_grad=True) if create_graph else None
+            start = seed(loss) if create_graph else None
             gradient = torch.autograd.grad(
-                loss, self.params, seed, create_graph=create_graph, materialize_grads=True
+                loss, self.params, start, create_graph=create_graph, materialize_grads=True
             )
         return loss, list(gradient)
 

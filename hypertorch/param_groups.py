@@ -17,7 +17,7 @@ from torch import Tensor
 from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, UnsupportedError
 from .hyperparameters import Hyperparameter, number_of
-from .settings import Setting
+from .settings import Setting, where_learned
 from .state import HOST_BUFFERS, State, params_of, set_state
 from .transition import Transition
 
@@ -84,9 +84,9 @@ class LearnedGroups:
 
     def start(self) -> None:
         """Publish the starting values, of which `lr` is the reference."""
-        for g, group in enumerate(self._groups):
-            starts_inside = "lr" in self.settings and self.settings["lr"].learned_in[g]
-            if starts_inside and self.reference[g] == 0:
+        learned_in = where_learned(self.settings, "lr", len(self._groups))
+        for g, (group, is_learned) in enumerate(zip(self._groups, learned_in, strict=True)):
+            if is_learned and self.reference[g] == 0:  # it starts just inside, as everything does
                 self.reference[g] = 1.0
                 group["lr"] = 1.0
         self.publish()

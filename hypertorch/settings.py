@@ -4,7 +4,7 @@ A setting is a hyperparameter that the param groups hold as a number, and Φ rea
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -76,8 +76,10 @@ class Setting(Hyperparameter):
 
     def _spread(self, values: Sequence[float]) -> Any:
         own = self._learned(values)
-        if self.granularity in ("shared", "group"):
-            return own[0] if self.granularity == "shared" and own else own
+        if self.granularity == "shared" and own:
+            return own[0]
+        if self.is_scalar:
+            return own
         counts = [sum(self._sizes(group)) for group in range(len(values))]
         return [v for value, n in zip(values, counts, strict=True) for v in [value] * n]
 
@@ -161,6 +163,11 @@ class Setting(Hyperparameter):
             self.refresh()
         self.shapes += more.shapes
         self.learned_in += more.learned_in
+
+
+def where_learned(settings: Mapping[str, Setting], name: str, groups: int) -> list[bool]:
+    """Return for each of so many param groups whether a setting is learned there."""
+    return settings[name].learned_in if name in settings else [False] * groups
 
 
 def check_granularity(name: str, granularity: object) -> None:

@@ -14,10 +14,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from .double_backward import seed
 from .dynamics import Dynamics, read_setting
 from .errors import WindowError
 from .hyperparameters import Hyperparameter, number_of
-from .settings import Setting
+from .settings import Setting, where_learned
 from .state import Parts, State
 
 #: Learned settings by name, each a list over the param groups; a number where it is not learned.
@@ -43,9 +44,7 @@ class Transition:
 
     def frozen(self) -> list[bool]:
         """Return for each parameter whether its group's η is 0, beside another whose is not."""
-        is_learned = [False] * len(self.groups)
-        if "lr" in self.settings:
-            is_learned = self.settings["lr"].learned_in
+        is_learned = where_learned(self.settings, "lr", len(self.groups))
         rates = [number_of(group.get("initial_lr", group["lr"])) for group in self.groups]
         both = zip(is_learned, rates, strict=True)
         moves = [own or bool(cast(Tensor, rate).any()) for own, rate in both]
@@ -124,9 +123,8 @@ class Linearised:
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
         self._joint = [*_trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
-        seed = torch.ones_like(loss, requires_grad=True)  # see `double_backward`
         self._gradient = torch.autograd.grad(
-            loss, self._joint, seed, create_graph=True, allow_unused=True
+            loss, self._joint, seed(loss), create_graph=True, allow_unused=True
         )
         found = iter(self._gradient)
         self.grads = [next(found) if p.requires_grad else None for p in state.params]
@@ -308,10 +306,9 @@ def gradients(
     Raises:
         WindowError: the loss depends on none of them.
     """
-    seed = torch.ones_like(loss, requires_grad=True) if create_graph else None  # as above
-    trainable = _trainable(params)
+    trainable, start = _trainable(params), seed(loss) if create_graph else None
     found = iter(
-        torch.autograd.grad(loss, trainable, seed, create_graph=create_graph, allow_unused=True)
+        torch.autograd.grad(loss, trainable, start, create_graph=create_graph, allow_unused=True)
     )
     grads = [next(found) if p.requires_grad else None for p in params]
     check_dependence(grads)

@@ -137,6 +137,25 @@ def learned(optimizer: hypertorch.HyperOptimizer) -> dict[str, Any]:
     }
 
 
+def once_differentiable(
+    name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
+) -> type[torch.autograd.Function]:
+    """Return an autograd function without second derivatives, as kernels are often written."""
+
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x)
+            return function(x)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, gradient: Tensor) -> Tensor:
+            return gradient * derivative(ctx.saved_tensors[0])
+
+    return type(name, (Once,), {})
+
+
 def assert_identical(a: Any, b: Any, where: str = "it") -> None:
     """Assert that two structures are equal bit for bit (NaN equals NaN)."""
     if isinstance(a, Tensor):

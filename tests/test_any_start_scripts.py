@@ -6,6 +6,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from support import once_differentiable
 from test_any_start import STEPS, VALIDATION, loaders, network
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, mse_loss
 from torch.nn.utils.rnn import pack_sequence
@@ -262,18 +263,7 @@ def test_examples_of_nested_targets_are_counted(kind):
 # What has no second derivative.
 
 
-class Sine(torch.autograd.Function):
-    """As a kernel of one's own is often written."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.sin()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return gradient * ctx.saved_tensors[0].cos()
+Sine = once_differentiable("Sine", torch.sin, torch.cos)
 
 
 class Distances(torch.nn.Module):

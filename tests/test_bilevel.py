@@ -10,6 +10,7 @@ import pytest
 import scipy.optimize
 import torch
 from sklearn.datasets import load_breast_cancer, load_diabetes
+from support import once_differentiable
 from torch import nn
 from torch.nn.functional import binary_cross_entropy_with_logits, mse_loss
 
@@ -683,18 +684,7 @@ def test_a_hypergradient_that_is_not_finite_is_reported():
         problem.hoag().step()
 
 
-class Square(torch.autograd.Function):
-    """x², without second derivatives."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * gradient * ctx.saved_tensors[0]
+Square = once_differentiable("Square", torch.square, lambda x: 2 * x)
 
 
 @pytest.mark.parametrize("place", ["inside", "last"])

@@ -15,6 +15,7 @@ from ..errors import (
     SolverError,
     UnsupportedError,
 )
+from ..settings import where_learned
 from ..transition import Linearised
 from .averages import check_average
 from .engine import Carried, Engine, Training
@@ -241,8 +242,8 @@ def _decoupled(training: Training) -> list[dict[str, object]]:
     """Return the param groups whose weights shrink apart from their gradient."""
     if not is_torch_own(training.dynamics):
         return []
-    groups, decay = training.optimizer.param_groups, training.settings.get("weight_decay")
-    learned_in = [False] * len(groups) if decay is None else decay.learned_in
+    groups = training.optimizer.param_groups
+    learned_in = where_learned(training.settings, "weight_decay", len(groups))
     return [
         group
         for group, is_learned in zip(groups, learned_in, strict=True)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..double_backward import seed
 from ..dynamics import unrolled
 from ..entries import sparse_gradients
 from ..errors import WindowError
@@ -86,7 +87,7 @@ class UnrolledWindow(Window):
         self._follow_groups(step.transition.groups)
         loss = step.with_graph()
         params = self._unrolled.step(
-            loss * torch.ones_like(loss, requires_grad=True),  # see `double_backward`
+            loss * seed(loss),  # `higher` begins backward with a 1 of its own
             params=self.params,
             override=step.transition.overrides(),
             grad_callback=checked,
