@@ -132,8 +132,12 @@ class Setting(Hyperparameter):
         return own.new_zeros(len(where)).masked_scatter(where, own)
 
     def restart(self, values: Sequence[float]) -> None:
-        """Let λ be these numbers again, one per group, spread to its granularity."""
+        """Learn anew from what the groups hold, where they hold some."""
         self._see_where(values)
+        self.start_at(values)
+
+    def start_at(self, values: Sequence[float]) -> None:
+        """Let λ be these numbers, one per group, where it is learned; the others do not count."""
         self.set(torch.tensor(self._spread(values), dtype=self.raw.dtype, device=self.raw.device))
 
     def addition(self, value: float, shapes: Sequence[torch.Size]) -> "Setting":

@@ -158,11 +158,9 @@ def start_weight_decay(
     ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
     start = min(max(epochs / TIMESCALE, 1.0), strongest)
-    pairs = list(zip(ones, decay.learned_in, strict=True))
-    own = [one for one, is_learned in pairs if is_learned]
+    own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
-    decay.restart([one * start if is_learned else 0.0 for one, is_learned in pairs])
-    decay.refresh()
+    decay.start_at([one * start for one in ones])
     loop.settings_were_set()
     return start * own[0]
 

@@ -236,3 +236,14 @@ def test_groups_of_very_different_eta_keep_their_ratio(rates):
 def loss_of(model):
     x, y = batches(1)[0]
     return partial(loss, model, x, y)
+
+
+def test_a_group_that_is_added_later_is_learned_as_the_others_are():
+    """Where all groups start at torch's 0, a start for λ does not make 0 mean none."""
+    model = network()
+    bare = torch.optim.SGD(model[0].parameters(), lr=0.1)
+    with pytest.warns(hypertorch.HypertorchWarning, match="`weight_decay` starts at"):
+        optimizer = HyperOptimizer(bare, model, loss_of(model))
+        start_weight_decay(optimizer, steps=100, steps_per_epoch=5)
+        optimizer.add_param_group({"params": model[4].parameters()})
+    assert optimizer.hyperparameters["weight_decay"].learned_in == [True, True]
