@@ -91,6 +91,10 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
         if group in schema.TRAINING and f"object_type={schema.StudyRunConfig.__name__}" in text:
             option = f"{group}={choice}"
             return f"{COMMAND_LINE}: this experiment does not use `{group}`. Leave `{option}` out."
+        added = re.search(r"use (\+\S+)", text)
+        is_open = "object_type=dict" in text and key[1].count(".") > 1  # a dict within a group
+        if added and is_open:
+            return f"{where}: `{key[1]}` has not been set so far. To add it: `{added[1]}`."
         return f"{where}: {_unknown_key(key[1], _siblings(text))}"
     return f"{where}: `{key[1]}`: {_complaint(text)}"
 

@@ -36,6 +36,11 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
             store.store(group=group, name=f"{choice}_schema", node=node)
     config = composed("band", overrides, folder)
     check_keys(config)
+    tasks = [path.stem for path in (folder / "task").glob("*.yaml")]
+    for name in config.tier.smaller:
+        if name not in tasks:
+            unknown = f"`tier.smaller`: no task is called `{name}`."
+            raise ConfigError(f"{unknown}{did_you_mean(name, tasks)}")
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")

@@ -138,6 +138,10 @@ BAD = {
     "task=digits_nosy": "No task is called `digits_nosy`. Did you mean `digits_noisy`?",
     "+tier.smaller.digits_noisy.seed=[1]": "configs/band/tier/quick.yaml: unknown key "
     "`smaller.digits_noisy.seed`. Did you mean `seeds`?",
+    "+tier.smaller.digits_nosy.seeds=[1]": "`tier.smaller`: no task is called `digits_nosy`. "
+    "Did you mean `digits_noisy`?",
+    "tier.smaller.digits_noisy.seeds=[1]": "command line: `tier.smaller.digits_noisy` has not been "
+    "set so far. To add it: `+tier.smaller.digits_noisy.seeds=[1]`.",
     "methods=[hypr]": "`methods`: no method `hypr`. Did you mean `hyper`?",
 }
 
