@@ -275,6 +275,7 @@ def _learned(options: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         ArgumentError: something else is to be learned.
+        UnsupportedError: one is to be learned finer than by param groups.
     """
     learn = options.pop("learn", ("lr", "weight_decay"))
     names = {learn} if isinstance(learn, str) else set(learn)
@@ -284,6 +285,12 @@ def _learned(options: dict[str, Any]) -> dict[str, Any]:
             f"Got {learn!r}. For more, use `HyperOptimizer` with `search_lr`."
         )
     if isinstance(learn, Mapping):
+        for name, granularity in learn.items():
+            if granularity in ("tensor", "element") and "engine" not in options:
+                raise UnsupportedError(
+                    f'`from_any_start` learns `{name}` per "group", or "shared". '
+                    f'Got "{granularity}". For that pass `engine=FirstOrder()`, or `Unroll()`.'
+                )
         return {"learn": {name: learn[name] for name in ("lr", "weight_decay")}}
     return {"learn": ("lr", "weight_decay")}
 

@@ -382,6 +382,17 @@ def test_what_cannot_start_is_refused():
     for learn in ("lr", ("lr", "weight_decay", "momentum"), {"lr": "shared"}):
         with pytest.raises(hypertorch.ArgumentError, match="learns `lr` and `weight_decay`, both"):
             from_any_start(sgd, model, cross_entropy, train, validation, 10, learn=learn)
+    finer = {"lr": "group", "weight_decay": "tensor"}
+    with pytest.raises(hypertorch.UnsupportedError, match='learns `weight_decay` per "group", or'):
+        from_any_start(sgd, model, cross_entropy, train, validation, 10, learn=finer)
     adam = torch.optim.Adam(model.parameters(), lr=0.1, weight_decay=1e-3)
     with pytest.raises(hypertorch.UnsupportedError, match="decay of Adam"):
         from_any_start(adam, model, cross_entropy, train, validation, 10)
+
+
+def test_another_engine_learns_a_number_for_each_tensor():
+    model, (train, validation) = network(), loaders()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    options = {"learn": {"lr": "tensor", "weight_decay": "group"}, "engine": hypertorch.Unroll()}
+    optimizer = from_any_start(sgd, model, cross_entropy, train, validation, STEPS, **options)
+    assert optimizer.hyperparameters["lr"]().shape == (len(list(model.parameters())),)
