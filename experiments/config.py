@@ -11,6 +11,7 @@ from hydra.core.global_hydra import GlobalHydra
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config_errors import ConfigError, check_keys, explained
+from experiments.config_values import check_values
 from experiments.schema import CHOICES, RUNS, TRAINING, Config
 from experiments.studies.schema import STUDIES
 
@@ -72,11 +73,11 @@ def composed(name: str, overrides: list[str], folder: Path) -> DictConfig:
 
 
 def checked(config: DictConfig) -> Config:
-    """The same configuration, once every key in it is known and every value is there.
+    """The same configuration, once every key in it is known and every value is there and possible.
 
     Raises:
-        ConfigError: for a key past the schema, a group without a choice, or one that the study
-            does not use.
+        ConfigError: for a key past the schema, a group without a choice, one that the study does
+            not use, or a value that `check_values` refuses.
     """
     check_keys(config)
     unused = _unused(config)
@@ -88,6 +89,7 @@ def checked(config: DictConfig) -> Config:
             raise ConfigError(
                 f"command line: `{config.run.experiment}` does not use `{group}`. Leave it out."
             )
+    check_values(cast(Config, config))
     return cast(Config, config)
 
 

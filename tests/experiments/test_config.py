@@ -66,6 +66,22 @@ ON_THE_COMMAND_LINE = {
     "experiment=ridge hyper=any_start": "command line: this experiment does not use `hyper`. "
     "Leave `hyper=any_start` out.",
     "experiment=ridge hyper=learn": "command line: `ridge` does not use `hyper`. Leave it out.",
+    "run.name=''": "`run.name` must name a folder of its own. Got ``. Choose one, such "
+    "as `default`.",
+    "run.name=.": "`run.name` must name a folder of its own. Got `.`. Choose one, such "
+    "as `default`.",
+    "run.name=a/../..": "`run.name` must name a folder of its own. Got `a/../..`. Choose one, "
+    "such as `default`.",
+    "run.experiment=/tmp": "`run.experiment` must name a folder of its own. Got `/tmp`. Choose "
+    "one, such as `default`.",
+    "run.evaluate_every=-5": "`run.evaluate_every` is too small. Got -5. Choose 1 or more.",
+    "run.evaluate_every=0": "`run.evaluate_every` is too small. Got 0. Choose 1 or more.",
+    "run.epochs=-3": "`run.epochs` is too small. Got -3. Choose 1 or more.",
+    "experiment=ridge run.threads=0": "`run.threads` is too small. Got 0. Choose 1 or more.",
+    "experiment=ridge study.seeds=[]": "`study.seeds` is empty. Name a seed: `study.seeds=[0]`.",
+    "optimizer.lr=nan": "`optimizer.lr` is no finite number. Got nan. Give it one.",
+    "optimizer=adamw optimizer.betas=[0.9,inf]": "`optimizer.betas` is no finite number. Got inf. "
+    "Give it one.",
     "hyper=any_start +hyper.learn.lr=group": "command line: unknown key `hyper.learn`. Available: "
     "hyper.name, hyper.update_every, hyper.window.",
 }

@@ -1,0 +1,86 @@
+"""Values that have the right type and mean nothing: refused before anything is done."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.config_errors import ConfigError
+from experiments.schema import Config
+
+COUNTS = ("epochs", "evaluate_every", "checkpoint_every", "threads")  # of a run, None allowed
+
+
+def check_values(config: Config) -> None:
+    """Refuse a run without steps, a number that is none, and a folder that is not the run's own.
+
+    Args:
+        config: of the run.
+
+    Raises:
+        ConfigError: for the first such value.
+    """
+    check_finite(config)
+    check_least("run", config.run, COUNTS, 1)
+    for key in ("experiment", "name"):
+        _check_folder_name(f"run.{key}", config.run[key])
+    if config.study is not None and not config.study.seeds:
+        raise ConfigError("`study.seeds` is empty. Name a seed: `study.seeds=[0]`.")
+
+
+def check_finite(config: Any) -> None:
+    """Refuse nan and infinity anywhere in a configuration.
+
+    Args:
+        config: an OmegaConf node.
+
+    Raises:
+        ConfigError: for the first of them.
+    """
+    for key, value in _leaves(OmegaConf.to_container(config, resolve=True), ""):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ConfigError(f"`{key}` is no finite number. Got {value}. Give it one.")
+
+
+def check_least(prefix: str, node: Any, keys: Sequence[str], least: int) -> None:
+    """Refuse what lies below the least value that makes sense.
+
+    Args:
+        prefix: where the node sits in the whole, as `"run"`.
+        node: a configuration; keys that it lacks and values of None are passed over.
+        keys: of whole numbers.
+        least: the smallest that is allowed.
+
+    Raises:
+        ConfigError: for the first that is smaller.
+    """
+    for key in keys:
+        value = node.get(key)
+        if value is not None and value < least:
+            raise ConfigError(
+                f"`{prefix}.{key}` is too small. Got {value}. Choose {least} or more."
+            )
+
+
+def _check_folder_name(key: str, name: str) -> None:
+    path = PurePath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts:
+        raise ConfigError(
+            f"`{key}` must name a folder of its own. Got `{name}`. Choose one, such as `default`."
+        )
+
+
+def _leaves(node: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every value with its dotted key; those of a list share its key."""
+    if isinstance(node, dict):
+        for key, value in node.items():
+            yield from _leaves(value, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _leaves(value, prefix)
+    else:
+        yield prefix, node
