@@ -41,16 +41,16 @@ def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str,
         What is in `summary.json`.
 
     Raises:
-        ConfigError: if the folder holds a run with other settings.
-        Interrupted: after Ctrl-C, once the checkpoint is written.
+        ConfigError: if a run is under way in the folder, or it holds one with other settings.
+        Interrupted: after Ctrl-C; a training run has then written its checkpoint.
     """
-    folder = RunFolder.of(config, fresh)
-    summary = folder.load_summary()
-    if summary is not None:
-        return summary
-    work = _train if config.study is None else run_study
-    summary = work(config, folder, progress)
-    folder.save_summary(summary)
+    folder = RunFolder.of(config)
+    with folder.claimed(fresh):
+        summary = folder.load_summary()
+        if summary is None:
+            work = _train if config.study is None else run_study
+            summary = work(config, folder, progress)
+            folder.save_summary(summary)
     return summary
 
 
@@ -66,10 +66,12 @@ def _job(config: DictConfig) -> None:
     with _exit_with_a_message():
         settings = checked(config)
         folder = RunFolder.of(settings)
-        if finished := folder.finished():
+        finished = folder.finished()
+        summary = run(settings)
+        if finished:
             print(_finished_before(finished, folder))
         report = _report if settings.study is None else report_study
-        report(run(settings), folder)
+        report(summary, folder)
 
 
 def _finished_before(when: datetime, folder: RunFolder) -> str:

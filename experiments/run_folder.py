@@ -1,26 +1,35 @@
 """The folder of one run: resolved config, metrics, checkpoint, summary.
 
-A folder belongs to one configuration; a run that finds its own checkpoint in it goes on from there.
+A folder belongs to one configuration, and to one process at a time; a run that finds its own
+checkpoint in it goes on from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import os
-import shutil
+import pickle
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import OmegaConf
 
 from experiments.config_errors import ConfigError
+from experiments.folder_lock import locked
 from experiments.schema import Config
 
 Row = dict[str, float]
+WRITTEN = (  # by a run, and so removed when it starts again
+    *("config.yaml", "checkpoint.pt", "summary.json"),
+    *("config.part", "checkpoint.part", "summary.part"),
+    *("metrics.csv", "numbers.csv", "figure.png", "events.out.tfevents.*"),
+)
 
 
 class RunFolder:
@@ -29,36 +38,69 @@ class RunFolder:
     A study has `numbers.csv` instead of metrics, checkpoint and event files.
 
     Args:
-        path: of the folder, made if it is not there.
+        path: of the folder; nothing is read or written yet.
         config: of the run; only `run.device`, `run.threads` and `run.root` may differ from what
             the folder already holds.
-
-    Raises:
-        ConfigError: if the folder holds a run with other settings.
     """
 
     def __init__(self, path: Path, config: Config) -> None:
-        self.path = path
-        path.mkdir(parents=True, exist_ok=True)
+        self.path, self.config = path, config
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.csv"
         self.checkpoint_file = path / "checkpoint.pt"
         self.summary_file = path / "summary.json"
         self.figure_file = path / "figure.png"
         self.numbers_file = path / "numbers.csv"
-        self._claim(config)
 
     @classmethod
-    def of(cls, config: Config, fresh: bool = False) -> RunFolder:
-        """The folder `<root>/<experiment>/<name>`.
+    def of(cls, config: Config) -> RunFolder:
+        """The folder `<root>/<experiment>/<name>`."""
+        return cls(Path(config.run.root) / config.run.experiment / config.run.name, config)
 
-        `fresh` deletes what an earlier run left; what cannot be gone on with is deleted anyway.
+    @contextlib.contextmanager
+    def claimed(self, fresh: bool = False) -> Iterator[None]:
+        """Make the folder, and keep others out of it while entered.
+
+        What an earlier run with the same settings left is removed if it cannot be gone on with. A
+        run that ends in an error before its first checkpoint leaves the folder to any settings. In
+        that of a finished run nothing is written.
+
+        Args:
+            fresh: remove what an earlier run left in any case, whatever its settings.
+
+        Raises:
+            ConfigError: if a run is under way in the folder, or it holds one of other settings.
         """
-        path = Path(config.run.root) / config.run.experiment / config.run.name
-        can_go_on = any((path / name).exists() for name in ("checkpoint.pt", "summary.json"))
-        if (path / "config.yaml").is_file() and (fresh or not can_go_on):
-            shutil.rmtree(path)
-        return cls(path, config)
+        if self.finished() and not fresh:
+            self._check_settings()
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        with locked(self.path):
+            self._prepare(fresh)
+            try:
+                yield
+            except Exception:
+                if not self._can_go_on():
+                    self.config_file.unlink(missing_ok=True)
+                raise
+
+    def _prepare(self, fresh: bool) -> None:
+        if not fresh:
+            self._check_settings()
+        if fresh or not self._can_go_on():
+            self._clear()
+        if not self.finished():
+            _replace(self.config_file, OmegaConf.to_yaml(self.config, resolve=True))
+
+    def _can_go_on(self) -> bool:
+        return self.checkpoint_file.exists() or self.summary_file.exists()
+
+    def _clear(self) -> None:
+        """Remove what a run writes, and nothing else."""
+        for pattern in WRITTEN:
+            for file in self.path.glob(pattern):
+                file.unlink()
 
     def start_metrics(self, history: list[Row]) -> None:
         """Begin `metrics.csv` with the rows up to the checkpoint; later ones are appended."""
@@ -92,18 +134,25 @@ class RunFolder:
         """The checkpoint that an interrupted run left, or None."""
         if not self.checkpoint_file.exists():
             return None
-        state: dict[str, Any] = torch.load(self.checkpoint_file, map_location=device)
+        try:
+            state: dict[str, Any] = torch.load(self.checkpoint_file, map_location=device)
+        except (EOFError, RuntimeError, pickle.UnpicklingError):
+            raise _damaged(self.checkpoint_file, "Delete it, and the run starts again.") from None
         return state
 
     def save_summary(self, summary: dict[str, Any]) -> None:
-        """Write `summary.json`: the run is finished."""
-        self.summary_file.write_text(json.dumps(summary, indent=2) + "\n")
+        """Write `summary.json`, all or nothing: the run is finished."""
+        _replace(self.summary_file, json.dumps(summary, indent=2) + "\n")
 
     def load_summary(self) -> dict[str, Any] | None:
         """The summary of a finished run, or None."""
         if not self.summary_file.exists():
             return None
-        summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        try:
+            summary: dict[str, Any] = json.loads(self.summary_file.read_text())
+        except ValueError:
+            what_to_do = "Delete it, and the run goes on from its checkpoint or starts again."
+            raise _damaged(self.summary_file, what_to_do) from None
         return summary
 
     def finished(self) -> datetime | None:
@@ -112,15 +161,35 @@ class RunFolder:
             return None
         return datetime.fromtimestamp(self.summary_file.stat().st_mtime)
 
-    def _claim(self, config: Config) -> None:
-        if self.config_file.exists():
-            there = OmegaConf.load(self.config_file)
-            for key, old, new in _differences(there, config):
-                raise ConfigError(
-                    f"`{self.path}` holds a run with other settings: `{key}` is {old} there and "
-                    f"{new} here. Choose another `run.name`, or delete the folder."
-                )
-        self.config_file.write_text(OmegaConf.to_yaml(config, resolve=True))
+    def _check_settings(self) -> None:
+        if not self.config_file.exists() and not self._can_go_on():
+            return
+        for key, old, new in _differences(self._settings_there(), self.config):
+            raise ConfigError(
+                f"`{self.path}` holds a run with other settings: `{key}` is {old} there and "
+                f"{new} here. Choose another `run.name`, or delete the folder."
+            )
+
+    def _settings_there(self) -> Any:
+        if not self.config_file.exists():
+            return OmegaConf.create()
+        try:
+            return OmegaConf.load(self.config_file)
+        except yaml.YAMLError:
+            raise _damaged(
+                self.config_file, "Delete its folder, and the run starts again."
+            ) from None
+
+
+def _replace(file: Path, text: str) -> None:
+    """Write a file, all or nothing."""
+    unfinished = file.with_suffix(".part")
+    unfinished.write_text(text)
+    os.replace(unfinished, file)
+
+
+def _damaged(file: Path, what_to_do: str) -> ConfigError:
+    return ConfigError(f"`{file}` is damaged. {what_to_do}")
 
 
 def _differences(there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:

@@ -138,8 +138,9 @@ def test_a_run_goes_on_bit_identically_after_ctrl_c(tmp_path, monkeypatch, overr
         monkeypatch.setattr(sys.modules[__name__], "TINY", [o for o in TINY if "hidden" not in o])
     rhythm = (f"run.evaluate_every={step}", f"run.checkpoint_every={step}", *overrides)
     whole, parted = (tiny(tmp_path, *rhythm, f"run.name={name}") for name in ("whole", "parted"))
-    reference = Trainer(whole, folder=RunFolder.of(whole))
-    expected = reference.run()
+    with RunFolder.of(whole).claimed():
+        reference = Trainer(whole, folder=RunFolder.of(whole))
+        expected = reference.run()
     with monkeypatch.context() as patch, pytest.raises(Interrupted, match=f"at step {step} of 48"):
         interrupt_at(step, patch)
         run(parted, progress=False)
