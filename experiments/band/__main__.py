@@ -20,7 +20,8 @@ BAD_INPUT, INTERRUPTED = 2, 130
 HELP = """python -m experiments.band [tier=quick|full] [task=NAME] [methods=[NAME,…]] [key=value …]
 
 Trains from every start by every method, goes on where it stopped, and compares with the grid.
-tier.size.seeds=[0,1,2] sets a tier's seeds, workers=2 the processes, root=FOLDER where rows are.
+tier.size.seeds=[0,1,2] sets the seeds of all tasks, workers=2 the processes, root=FOLDER where
+rows are.
 Tasks, methods and all keys: configs/band/ and experiments/band/README.md."""
 
 

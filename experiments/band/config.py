@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
 from experiments.config import CONFIG_FOLDER, composed
@@ -44,7 +46,28 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
     missing = sorted(OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
+    _let_the_command_line_win(config, overrides)
     return cast(BandConfig, config)
+
+
+def _let_the_command_line_win(config: DictConfig, overrides: list[str]) -> None:
+    """Drop what `tier.smaller` has of a `tier.size.KEY` that was given, unless it was given too."""
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    given = {key for one in parsed for key in _keys(one.key_or_group, one.value())}
+    for task, smaller in config.tier.smaller.items():
+        with open_dict(smaller):
+            for key in list(smaller):
+                if f"tier.size.{key}" in given and f"tier.smaller.{task}.{key}" not in given:
+                    del smaller[key]
+
+
+def _keys(key: str, value: Any) -> Iterator[str]:
+    """The keys that one override sets: several if its value is a dictionary."""
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, below in value.items():
+        yield from _keys(f"{key}.{name}", below)
 
 
 def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, TaskConfig]:
@@ -65,7 +88,9 @@ def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, Ta
 
 
 def size_of(config: BandConfig, task: str) -> SizeConfig:
-    """How much is run on a task: the tier's size, with what the tier makes smaller for it.
+    """How much is run on a task: the tier's size, with what the tier has otherwise for it.
+
+    A `tier.size.KEY` of the command line holds for every task, a `tier.smaller.TASK.KEY` for one.
 
     Args:
         config: of the call.

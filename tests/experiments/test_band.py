@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments.band.__main__ import report
-from experiments.band.config import load_band, load_tasks
+from experiments.band.config import load_band, load_tasks, size_of
 from experiments.band.many import train_many
 from experiments.band.methods import METHODS
 from experiments.band.optimal_decay import CRITERIA, DECAYS, optimal_decays, validation_margins
@@ -151,6 +151,25 @@ def test_a_bad_setting_is_named(override):
     with pytest.raises(ConfigError) as caught:
         Plan(load_band([*DIGITS, override]), load_tasks([*DIGITS, override]))
     assert str(caught.value).startswith(BAD[override])
+
+
+FIVE = [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "seeds"),
+    [
+        ([], FIVE),
+        (["tier.size.seeds=[7]"], [7]),
+        (["tier.size={seeds:[7]}"], [7]),
+        (["tier.size.tpe=1"], FIVE),
+        (["tier.size.seeds=[7]", "tier.smaller.breast_cancer.seeds=[1,2]"], [1, 2]),
+        (["tier.smaller.breast_cancer={seeds:[1,2]}", "tier.size.seeds=[7]"], [1, 2]),
+    ],
+)
+def test_the_command_line_decides_over_what_a_tier_has_for_a_task(overrides, seeds):
+    config = load_band(["tier=quick", *overrides])
+    assert list(size_of(config, "breast_cancer").seeds) == seeds
 
 
 def test_evaluations_are_equally_spaced_and_end_with_the_run():
