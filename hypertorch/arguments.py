@@ -1,8 +1,8 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NoReturn
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,6 @@ from .errors import (
     ArgumentTypeError,
     HypertorchWarning,
     UnsupportedError,
-    WindowError,
     did_you_mean,
 )
 from .hypergradients import Engine
@@ -204,49 +203,6 @@ def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:
             f"{what} has no graph. Compute it from the model, outside `torch.no_grad()` and "
             "without `.detach()`."
         )
-
-
-def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor]) -> None:
-    """Raise if `loss` uses a weight as it was at the window's start, through an old reference.
-
-    Args:
-        loss: the inner loss of a step after the window's first.
-        fast: the weights as the model holds them now.
-        live: the optimizer's parameters, in whose place they are.
-
-    Cost: one walk over the graph of `loss`, down to the present weights.
-    """
-    replaced = {id(p) for p, w in zip(live, fast, strict=True) if w is not p}
-    present = {w.grad_fn for w in fast if w.grad_fn is not None}
-    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node in present or node is None:
-            continue
-        new = [following for following, _ in node.next_functions if following not in seen]
-        seen.update(new)
-        ahead += new
-    is_old = any(id(getattr(node, "variable", None)) in replaced for node in seen)
-    if is_old and not present.isdisjoint(seen):
-        raise WindowError(
-            "The loss uses a weight as it was when the window opened, from a reference that was "
-            "taken before. Take weights from the model in every step: "
-            "`model.parameters()`, `model.layer.weight`."
-        )
-
-
-def explain(error: RuntimeError) -> NoReturn:
-    """Raise a step's error again, or say what to remove where the user has run backward before it.
-
-    Raises:
-        WindowError: the loss's graph was used up.
-    """
-    if "backward through the graph a second time" not in str(error):
-        raise error
-    raise WindowError(
-        "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
-        "remove `loss.backward()`, or make a plain step, `step()`, after it."
-    ) from error
 
 
 def group_params(param_group: Any) -> list[Tensor]:

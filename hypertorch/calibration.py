@@ -20,7 +20,7 @@ _SETTLED = 1e-5
 
 
 def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
-    r"""Return min_β CE(β z, y) over β > 0: a criterion for the outer loss.
+    r"""Return min_β CE(β z, y) over β ≥ 0: a criterion for the outer loss.
 
         E = CE(β* z, y),     β* = argmin_β CE(β z, y),     ∂E/∂z = β* ∂CE(β* z, y)/∂(β z)
 
@@ -29,7 +29,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     λ down in nearly every window of five steps). β* is that of
     this batch; at the minimum its own derivative does not count. As in Platt's scaling the targets
     are smoothed, by ε = 1 / (n + 2) for n examples that count, or β* would be infinite for a batch
-    without errors.
+    without errors. Logits that are worse than none have β* = 0: E is log(classes), its gradient 0.
 
     Args:
         logits: z, of shape (n, classes) or (n, classes, …). Leave out a class that is never meant:
@@ -70,7 +70,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
 
 
 def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:
-    """Return β*, by Newton's method on a convex function of one number.
+    """Return β*, by Newton's method on a convex function of one number; 0 where it is too small.
 
     CE(β z, y) has the derivatives ⟨z⟩_p − ⟨z⟩_q and ⟨z²⟩_p − ⟨z⟩²_p, means over the examples, with
     p = softmax(β z) and q the smoothed targets. What does not count adds nothing at z = 0.
@@ -92,7 +92,7 @@ def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Te
         beta = torch.minimum(torch.maximum(newton, beta / 2), beta * 2).clamp(_LOWEST, _HIGHEST)
         if beta.is_cpu and abs(beta / before - 1) <= _SETTLED:
             break
-    return beta / scale
+    return torch.where(beta > _LOWEST, beta / scale, 0.0)
 
 
 def _check(logits: Tensor, target: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_map
 
 from .functional import hypergradient
 from .hypergradients import Engine, FiniteDifferences, OuterLoss, Unroll
+from .hypergradients.finite_differences import within
 from .inner_loss import one_batch
 from .optimizer import HyperOptimizer
 from .surroundings import leaving_no_trace
@@ -166,11 +167,14 @@ def check_hypergradient(
             for by in (1, 10)
         )
         with torch.no_grad(), leaving_no_trace(optimizer.model):
-            noise = 10 * _EPSILON * (1 + abs(float(outer()))) / step
+            rounding = 10 * _EPSILON * (1 + abs(float(outer())))
+        values = {name: h.value.detach() for name, h in optimizer.hyperparameters.items()}
     rows = [
-        Comparison(name, j, ours, theirs, coarser, noise, rtol)
-        for name in found
-        for j, (ours, theirs, coarser) in enumerate(_columns(name, found, fine, coarse))
+        Comparison(name, j, ours, theirs, coarser, rounding / within(number, step, h), rtol)
+        for name, h in optimizer.hyperparameters.items()
+        for j, (ours, theirs, coarser, number) in enumerate(
+            _columns(name, found, fine, coarse, values)
+        )
         if not math.isnan(theirs)
     ]
     return HypergradientCheck(engine, rows, _causes(optimizer.model, rows))

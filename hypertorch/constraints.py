@@ -60,7 +60,8 @@ def pulled_back(gradient: Tensor, raw: Tensor, value: Tensor, constraint: Constr
     if _is_positive(constraint):
         return gradient * value
     raw = raw.detach().requires_grad_()
-    again = to_value(raw, constraint)
+    with torch.enable_grad():  # a step may stand within torch.no_grad()
+        again = to_value(raw, constraint)
     return gradient if again is raw else torch.autograd.grad(again, raw, gradient.to_dense())[0]
 
 

@@ -14,6 +14,7 @@ from .double_backward import TwiceDifferentiable
 from .dynamics import dynamics_of
 from .entries import dense
 from .errors import ArgumentError
+from .gradient_hooks import hooks_set_aside, refuse_gradient_hooks
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
 from .optimizer import HyperOptimizer
@@ -74,6 +75,8 @@ def hypergradient(
     slots = Slots(model, params)
     training = Training(bare, slots, dynamics_of(bare), optimizer.hyperparameters)
     engine.check(training)
+    if engine.needs != "gradients":
+        refuse_gradient_hooks(model, params, f"a window of {engine!r}")
     with as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
         groups = LearnedGroups(bare, training.settings)
         groups.start()
@@ -83,7 +86,7 @@ def hypergradient(
             for inner_loss in inner_losses:
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
-            with one_batch(outer_loss):
+            with hooks_set_aside(params), one_batch(outer_loss):
                 return dense(window.hypergradient(checked_outer(outer_loss, engine))[1])
         finally:
             window.close()

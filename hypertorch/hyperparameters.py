@@ -154,9 +154,10 @@ class Hyperparameter:
         return to_value(raw, self.constraint)
 
     def clamp_(self) -> None:
-        """Bring λ back inside `bounds`, if there are any."""
+        """Bring ρ, which has moved, back inside `bounds`, if there are any, and λ to c(ρ)."""
         if self.bounds is not None:
             self.raw.detach().clamp_(*self._raw_bounds)
+        self.refresh()
 
     def to(self, device: torch.device, dtype: torch.dtype) -> None:
         """Move ρ and λ to where the weights are."""

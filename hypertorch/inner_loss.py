@@ -13,9 +13,20 @@ from torch import Tensor, nn
 
 from .arguments import check_loss
 from .errors import ArgumentError, WindowError
+from .gradient_hooks import hooks_set_aside
 from .hypergradients import Engine, OuterLoss
 from .surroundings import leaving_no_trace
 from .validation import ValidationLoss
+
+WRITTEN_TO = (
+    "Weights were written to between the steps of a window, for the third time. That cuts the "
+    "window short, and little is learned. Make the change a part of the model "
+    "(torch.nn.utils.parametrize), or make it once per `update_every` steps."
+)
+LEFT_OUT = (
+    "The closure returned no loss and has not called backward: no step is made. Return the loss, "
+    "unless the batch is to be left out."
+)
 
 
 class InnerLoss:
@@ -42,6 +53,11 @@ class InnerLoss:
 
     def evaluate(self) -> None:
         """Call the closure, unless it has been, and see whether it calls backward."""
+        self._call()
+        if self.closure is not None and not self.has_gradients:
+            check_loss(self.loss, "The inner loss")
+
+    def _call(self) -> None:
         if self.closure is None or self.loss is not None or self.has_gradients:
             return
         seen: list[Tensor] = []
@@ -54,8 +70,12 @@ class InnerLoss:
             for hook in hooks:
                 hook.remove()
         self.has_gradients = bool(seen)
-        if not self.has_gradients:
-            check_loss(self.loss, "The inner loss")
+
+    def is_left_out(self) -> bool:
+        """Whether the closure has neither a loss nor a gradient: a trainer skips its batch."""
+        self._call()
+        has_none = self.closure is not None and self.loss is None and not self.has_gradients
+        return has_none and all(p.grad is None for p in self.params)
 
     def backward(self) -> None:
         """See that the weights' `.grad` holds the gradient of this loss, and of nothing else."""
@@ -127,20 +147,21 @@ def guarded(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Iterator
     """
     is_own = type(outer_loss) is ValidationLoss and outer_loss.model is model
     is_safe = is_own and engine.runs_outer_loss_alone
-    with nullcontext() if is_safe else leaving_no_trace(model), one_batch(outer_loss):
+    no_trace = nullcontext() if is_safe else leaving_no_trace(model)
+    torch.clear_autocast_cache()  # of weights as they were before the step
+    with no_trace, hooks_set_aside(model.parameters()), one_batch(outer_loss):
         yield
 
 
-def missing_loss(engine: Engine, horizon: int, is_open: bool) -> WindowError | str:
+def missing_loss(engine: Engine, horizon: int, is_open: bool) -> str:
     """Return what to say of a step in a window that comes with gradients alone.
 
-    Returns:
-        An error where the window is open, and a warning where it is only due: then the step is a
-        plain one.
+    Raises:
+        WindowError: the window is open; where it is only due, the step is a plain one.
     """
     instead = "step(loss)" if engine.needs == "loss" else "step(functools.partial(loss_fn, x, y))"
     if is_open:
-        return WindowError(
+        raise WindowError(
             f"A window of {horizon} steps is open, and `step()` got no loss to differentiate. "
             f"Pass it, `{instead}`, without calling backward; or switch learning off with "
             "`outer=None`."

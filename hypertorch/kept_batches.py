@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .optimizer import HyperOptimizer
 from .surroundings import leaving_no_trace
-from .validation import Batch, generators_of, placed
+from .validation import Batch, generators_of, placed, with_own_iterator
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
@@ -99,7 +99,7 @@ def first_batches(
     device, found = next(model.parameters()).device, list[Batch]()
     before = [(generator, generator.get_state()) for generator in generators_of(loader)]
     with leaving_no_trace(model):
-        for batch in itertools.islice(loader, steps):
+        for batch in itertools.islice(with_own_iterator(loader), steps):
             found.append(placed(batch, device, f"{name} batch"))
             if sum(map(examples, found)) >= count:
                 break

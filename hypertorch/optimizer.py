@@ -15,10 +15,11 @@ from . import arguments
 from .checkpoint import check_checkpoint
 from .dynamics import check_options, dynamics_of
 from .entries import dense
-from .errors import HypertorchWarning, WindowError
+from .errors import HypertorchWarning
 from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
-from .inner_loss import InnerLoss, missing_loss
+from .inner_loss import LEFT_OUT, InnerLoss, missing_loss
+from .loss_graph import explain
 from .monitor import Monitor, choices
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
@@ -117,10 +118,10 @@ class HyperOptimizer(OptimizerWrapper):
         dynamics = dynamics_of(optimizer)
         super().__init__(optimizer)
         self.model, self.outer_loss = model, outer_loss
-        Slots(model, self._params())
+        Slots(model, self._params()).check()
         self.hyperparameters = arguments.learned(learn, optimizer, dynamics, outer is not None)
         arguments.place(self.hyperparameters.values(), self._params()[0])
-        self._steps, self._warned_plain = 0, False
+        self._steps, self._warned = 0, set[str]()
         self._loop: OuterLoop | None = None
         if outer is not None and outer_loss is not None:
             self._loop = OuterLoop(
@@ -158,8 +159,6 @@ class HyperOptimizer(OptimizerWrapper):
         """What the run has cost so far, in plain training steps."""
         return self._steps + (self._loop.overhead if self._loop else 0.0)
 
-    # One training step.
-
     @hooked
     def step(self, loss: Any = None, *, closure: Any = None) -> Any:  # type: ignore[override]
         """Make one training step, and an outer update when one is due.
@@ -181,14 +180,17 @@ class HyperOptimizer(OptimizerWrapper):
         """
         inner = InnerLoss(loss if closure is None else closure, self._params())
         self.optimizer._opt_called = True  # type: ignore[attr-defined]  # its schedulers look for it
+        takes_any = self._loop is None or self._loop.engine.needs == "gradients"
         try:
-            if self._loop is None:
+            if takes_any and inner.is_left_out():
+                self._warn(LEFT_OUT, stacklevel=4)
+            elif self._loop is None:
                 self._plain_step(inner)
                 self._steps += 1
             else:
                 self._learning_step(self._loop, inner)
         except RuntimeError as error:
-            arguments.explain(error)
+            explain(error)
         return inner.loss
 
     def _learning_step(self, loop: OuterLoop, inner: InnerLoss) -> None:
@@ -242,12 +244,13 @@ class HyperOptimizer(OptimizerWrapper):
     def _refuse_or_warn(self, loop: OuterLoop) -> None:
         """Say what a step without a loss means where a window is open or due."""
         said = missing_loss(loop.engine, loop.window, loop.is_window_open)
-        if isinstance(said, WindowError):
-            raise said
         self._gradients()
-        if not self._warned_plain:
-            self._warned_plain = True
-            warnings.warn(said, HypertorchWarning, stacklevel=5)
+        self._warn(said, stacklevel=6)
+
+    def _warn(self, said: str, stacklevel: int) -> None:
+        if said not in self._warned:
+            self._warned.add(said)
+            warnings.warn(said, HypertorchWarning, stacklevel=stacklevel)
 
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, without an outer update.
@@ -258,8 +261,6 @@ class HyperOptimizer(OptimizerWrapper):
         """
         if self._loop:
             self._loop.close()
-
-    # The monitor.
 
     def _new_monitor(self, writer: Any) -> Monitor | None:
         if writer is None or self._loop is None:
@@ -283,8 +284,6 @@ class HyperOptimizer(OptimizerWrapper):
             },
         )
 
-    # Param groups, checkpoints, copies.
-
     @torch._disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group whose parameters are in `model`; its settings are learned as the others are.
@@ -292,7 +291,7 @@ class HyperOptimizer(OptimizerWrapper):
         The open window is cut and the outer rule starts afresh.
         """
         params = arguments.group_params(param_group)
-        Slots(self.model, params)
+        Slots(self.model, params).check()
         new = {**self.defaults, **param_group, "params": params}
         check_options(type(self.optimizer).__name__, new)
         additions = self._loop.groups.additions(new) if self._loop else {}

@@ -14,12 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_references, place
+from .arguments import place
 from .double_backward import TwiceDifferentiable
 from .errors import HypertorchWarning
+from .gradient_hooks import refuse_gradient_hooks
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter
-from .inner_loss import checked_outer, guarded
+from .inner_loss import WRITTEN_TO, checked_outer, guarded
+from .loss_graph import check_references
 from .outer import OuterFactory, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
@@ -27,6 +29,7 @@ from .settings import Setting
 from .slots import Slots
 from .state import State, params_of, versions
 from .surroundings import ModuleBuffers
+from .transition import gradients
 
 #: What belongs to the process and not to the object, and is left out of copies and pickles.
 _TRANSIENT = ("training", "_switches", "_open", "_finalizer", "_before")
@@ -50,8 +53,8 @@ class OuterLoop:
         position: how many steps of the present period have been made.
         overhead: what windows and outer losses have cost so far beyond the training steps
             themselves, in plain training steps.
-        hypergradients, outer_loss_value, inner_loss_value: dE/dλ by name, E, and the mean inner
-            loss of the window, at the latest outer update; `None` before, or where it is unknown.
+        hypergradients, outer_loss_value: dE/dλ by name, and E, at the latest outer update; `None`
+            before.
         training: what the engine works on.
     """
 
@@ -101,11 +104,6 @@ class OuterLoop:
         return self._factory([h.raw for h in self.hyperparameters.values()])
 
     @property
-    def inner_loss_value(self) -> Tensor | None:
-        """The mean inner loss of the latest update's window; `None` before, or where unknown."""
-        return torch.stack(self._inner_losses).mean() if self._inner_losses else None
-
-    @property
     def is_window_due(self) -> bool:
         """Whether the next step belongs to a window."""
         return self.position < self.window
@@ -145,7 +143,7 @@ class OuterLoop:
         self._age = 0
         before, buffers = self._before
         if before != versions(params_of(self.optimizer)):
-            buffers = ModuleBuffers(self.model)
+            buffers, self._carried = ModuleBuffers(self.model), None
         return self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
     def window_step(self, step: TrainingStep) -> None:
@@ -159,15 +157,21 @@ class OuterLoop:
             if step.loss is not None and self.hypergradients is None:  # once: in the first window
                 check_references(step.loss, window.params, self.training.slots.params)
         else:
-            self.safeguards.settle()
-            start = self._remember()
-            window = self.engine.open(replace(self.training, start=start), self._carried)
+            window = self._new_window()
         window.step(step)
         window.follow()
         self._open[:] = [window]
         self._steps_in_window += 1
         if step.loss is not None:
             self._losses.append(step.loss.detach())
+
+    def _new_window(self) -> Window:
+        if self.engine.needs != "gradients":
+            who = f"a window of {self.engine!r}"
+            refuse_gradient_hooks(self.model, self.training.slots.params, who)
+        self.safeguards.settle()
+        start = self._remember()
+        return self.engine.open(replace(self.training, start=start), self._carried)
 
     def cut_if_written_to(self, loss: Tensor | None) -> bool:
         """Cut an open window whose weights somebody wrote to; leave ∇loss, if any, in `.grad`.
@@ -177,21 +181,13 @@ class OuterLoop:
         """
         if not (self._open and self._open[0].was_written_to):
             return False
-        params = [p for p in self._open[0].params if p.requires_grad]
-        found = torch.autograd.grad(loss, params, allow_unused=True) if loss is not None else ()
+        found = gradients(loss, self._open[0].params) if loss is not None else []
         self.close()
         self._carried = None
         self._cuts += 1
         if self._cuts == 3:
-            warnings.warn(
-                "Weights were written to between the steps of a window, for the third time. That "
-                "cuts the window short, and little is learned. Make the change a part of the model "
-                "(torch.nn.utils.parametrize), or make it once per `update_every` steps.",
-                HypertorchWarning,
-                stacklevel=5,
-            )
-        trainable = [p for p in params_of(self.optimizer) if p.requires_grad]
-        for param, grad in zip(trainable, found, strict=False):
+            warnings.warn(WRITTEN_TO, HypertorchWarning, stacklevel=5)
+        for param, grad in zip(params_of(self.optimizer), found, strict=False):
             param.grad = grad
         return True
 
@@ -236,7 +232,6 @@ class OuterLoop:
         for h in self.hyperparameters.values():
             h.raw.grad = None
             h.clamp_()
-            h.refresh()
         self.groups.publish()
 
     def roll_back(self, reason: Diverged) -> None:
@@ -298,8 +293,9 @@ class OuterLoop:
         self.get_ready()
 
     def losses(self) -> dict[str, Tensor]:
-        """Return the losses of the latest outer update, as far as they are known."""
-        found = {"loss/inner": self.inner_loss_value, "loss/outer": self.outer_loss_value}
+        """Return E and the window's mean inner loss, at the latest update, where known."""
+        inner = torch.stack(self._inner_losses).mean() if self._inner_losses else None
+        found = {"loss/inner": inner, "loss/outer": self.outer_loss_value}
         return {name: loss for name, loss in found.items() if loss is not None}
 
     def state_dict(self) -> dict[str, Any]:

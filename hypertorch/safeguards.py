@@ -31,10 +31,10 @@ class Safeguards:
 
     A loss explodes when it rises above its running level by more than `explosion` times that level
     (at least a tenth of the first loss) and by more than ten times its usual deviation from it. One
-    that is as high at the very state rolled back to owes it to its data, or is another loss, and
-    sets a new level. On a CPU every step is checked before it is made; on an accelerator, where a
-    check would stall it, when the next window opens or closes, and the steps since are rolled back
-    with it.
+    that is as high at the very state rolled back to owes it to its data, or is another loss: it
+    sets a new level, and rises up to half as large again are usual from then on. On a CPU every
+    step is checked before it is made; on an accelerator, where a check would stall it, when the
+    next window opens or closes, and the steps since are rolled back with it.
 
     Args:
         explosion: how many levels above its level a loss may rise.
@@ -49,6 +49,7 @@ class Safeguards:
         self._is_back = False  # no loss has been seen since the last rollback
         self._first: float | None = None
         self._level = self._deviation = 0.0
+        self._usual_rise = 0.0  # the largest that its data were found to be the cause of
         self._pending: list[tuple[Tensor, bool]] = []
         self._good: _Remembered | None = None
         self._candidate: _Remembered | None = None
@@ -127,13 +128,13 @@ class Safeguards:
         if not self._first:  # none yet, or zero, which says nothing of the loss's scale
             self._first = self._level = loss
         rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
-        if rise > max(self.explosion * scale, 10 * self._deviation):
+        if rise > max(self.explosion * scale, 10 * self._deviation, 1.5 * self._usual_rise):
             if not self._is_back:
                 raise Diverged(
                     f"the inner loss rose from about {self._level:.3g} to {loss:.3g}, more than "
                     f"`Safeguards(explosion={self.explosion:g})` allows"
                 )
-            self._level, rise = loss, 0.0
+            self._usual_rise, self._level, rise = rise, loss, 0.0
         self._is_back = False
         self._level += 0.1 * rise
         self._deviation += 0.1 * (abs(rise) - self._deviation)
@@ -187,7 +188,6 @@ class Safeguards:
         with torch.no_grad():
             lr.raw.copy_(to_raw(lr.value.detach() / self.backoff, lr.constraint))
         lr.clamp_()
-        lr.refresh()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters and the level of the loss; the snapshot is not part of it."""
@@ -198,6 +198,7 @@ class Safeguards:
             "first": self._first,
             "level": self._level,
             "deviation": self._deviation,
+            "usual_rise": self._usual_rise,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -205,6 +206,7 @@ class Safeguards:
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
+        self._usual_rise = state.get("usual_rise", 0.0)
         self._pending.clear()
         self.forget()
 

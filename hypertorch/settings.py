@@ -165,6 +165,9 @@ class Setting(Hyperparameter):
             grown = torch.cat([self.raw.detach(), more.raw.detach().to(self.raw)])
             self.raw = grown.requires_grad_()
             self.refresh()
+        if self.bounds is not None and more.bounds is not None:
+            lower, upper = zip(self.bounds, more.bounds, strict=True)
+            self.bound((min(lower), max(upper)))
         self.shapes += more.shapes
         self.learned_in += more.learned_in
 

@@ -26,9 +26,14 @@ class FastParameter(torch.Tensor):
     live: Tensor
 
     @property
-    def grad(self) -> None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """None: the gradient of a fast weight never accumulates."""
         return None
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        if value is not None:
+            raise WindowError(_NOT_IN_A_WINDOW.format("Giving a weight a gradient"))
 
     @property
     def data(self) -> Tensor:
@@ -78,10 +83,8 @@ class Slots:
 
     Args:
         model: the live model.
-        params: the optimizer's parameters, in order.
-
-    Raises:
-        ArgumentError: one of them is not in `model`.
+        params: the optimizer's parameters, in order. One that the model no longer has, such as
+            that of a head that was replaced, has no slot and gets no gradient.
     """
 
     def __init__(self, model: nn.Module, params: Iterable[Tensor]) -> None:
@@ -93,6 +96,13 @@ class Slots:
                 if param is not None and param in places:
                     places[param].append((module, name))
         self._places = list(places.values())
+
+    def check(self) -> None:
+        """Raise if a parameter has no slot: the model is another one.
+
+        Raises:
+            ArgumentError: says how many.
+        """
         missing = sum(not slots for slots in self._places)
         if missing:
             raise ArgumentError(

@@ -100,7 +100,6 @@ def search_lr(
         best = search.run()
     lr.set(search.ratios * best)
     lr.clamp_()
-    lr.refresh()
     loop.settings_were_set(search.cost)
     return {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
 
@@ -168,7 +167,7 @@ def start_weight_decay(
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
     """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
     groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
-    rates = [float(group["lr"]) for group in groups]
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
     if isinstance(lr, Setting):
         rates = lr.group_means().tolist()
     found = [shrinking(dynamics_of(optimizer.optimizer), group) for group in groups]

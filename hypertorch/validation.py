@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class ValidationLoss:
             raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
         self.model = model
         self.criterion = criterion
-        self.loader = loader
+        self.loader = with_own_iterator(loader)
         self._random = torch.Generator().manual_seed(torch.initial_seed()).get_state()
         self._batches: Iterator[Batch] | None = None
         self._held: list[Batch] | None = None  # the batch of `one_batch`, once it is drawn
@@ -108,8 +109,10 @@ class ValidationLoss:
         return iter(self.loader)
 
     def _randomness(self) -> dict[str, Any]:
-        own = [generator.get_state() for generator in generators_of(self.loader)]
-        return {"torch": torch.get_rng_state(), "loader": own}
+        return {"torch": torch.get_rng_state(), "loader": self._states_of_generators()}
+
+    def _states_of_generators(self) -> list[Tensor]:
+        return [generator.get_state() for generator in generators_of(self.loader)]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the loader and the random state it was reached from."""
@@ -117,27 +120,33 @@ class ValidationLoss:
             "position": self._position,
             "pass_start": dict(self._pass_start),
             "random": self._random,
+            "generators": self._states_of_generators(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on where `state_dict` was taken: the pass is started again and skipped along."""
         with leaving_no_trace(self.model):
             self._replay(state["position"], state["pass_start"])
-        self._random = state["random"]
+        self._set_generators(state["generators"])  # others may draw from them too
+        self._random = state["random"].cpu()
 
     def _replay(self, position: int, pass_start: dict[str, Any]) -> None:
         self._batches = None
-        for generator, state in zip(generators_of(self.loader), pass_start["loader"], strict=True):
-            generator.set_state(state)
+        self._set_generators(pass_start["loader"])
         if position:
-            torch.set_rng_state(pass_start["torch"])
+            torch.set_rng_state(pass_start["torch"].cpu())
             self._batches = self._new_pass()
             for _ in range(position):
                 next(self._batches)
         self._position, self._pass_start = position, dict(pass_start)
 
+    def _set_generators(self, states: list[Tensor]) -> None:
+        for generator, state in zip(generators_of(self.loader), states, strict=True):
+            generator.set_state(state.cpu())
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_batches": None, "_held": None, "_resume": self.state_dict()}
+        left_out = {"_batches": None, "_held": None, "loader": with_own_iterator(self.loader)}
+        return {**self.__dict__, **left_out, "_resume": self.state_dict()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         resume = state.pop("_resume")
@@ -156,6 +165,17 @@ def check_loader(loader: Any, name: str = "loader") -> None:
             f"`{name}` must be re-iterable. Got {type(loader).__name__}. "
             "Pass a DataLoader, or a list of (x, y) batches."
         )
+
+
+def with_own_iterator(loader: Any) -> Any:
+    """Return a loader that does not end the passes of others, nor they its own.
+
+    A `DataLoader` with persistent workers has one iterator for all, which each pass starts anew.
+    """
+    if getattr(loader, "persistent_workers", False):
+        loader = copy(loader)
+        loader._iterator = None
+    return loader
 
 
 def generators_of(loader: Any) -> list[torch.Generator]:

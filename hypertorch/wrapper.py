@@ -65,11 +65,13 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The wrapped optimizer's buffers, as of the start of an open window."""
+        """The wrapped optimizer's buffers; an open window ends where somebody looks at them."""
+        self.close()
         return self.optimizer.state
 
     @state.setter
     def state(self, value: Any) -> None:
+        self.close()
         self.optimizer.state = value
 
     @property
@@ -89,6 +91,9 @@ class OptimizerWrapper(torch.optim.Optimizer):
     @defaults.setter
     def defaults(self, value: dict[str, Any]) -> None:
         self.optimizer.defaults = value
+
+    def close(self) -> None:
+        """Let the wrapped optimizer hold what training has made of it."""
 
     def _params(self) -> list[Tensor]:
         return params_of(self.optimizer)

@@ -158,11 +158,7 @@ def either_side(number: float, difference: float, h: Hyperparameter) -> tuple[fl
     Raises:
         UnsupportedError: there is none.
     """
-    lower, upper = bounds_of(h.constraint)
-    room = min(number - lower, upper - number)
-    if math.isinf(room) and not isinstance(h.constraint, type(real)):
-        room = abs(number) or math.inf
-    epsilon = min(difference, room / 2)
+    epsilon, (lower, upper) = within(number, difference, h), bounds_of(h.constraint)
     above, below = number + epsilon, number - epsilon
     if not lower < below < above < upper:
         raise UnsupportedError(
@@ -170,3 +166,12 @@ def either_side(number: float, difference: float, h: Hyperparameter) -> tuple[fl
             "to rounding. Start it farther inside, or use `Unroll`."
         )
     return above, below
+
+
+def within(number: float, difference: float, h: Hyperparameter) -> float:
+    """Return the ε that is taken: at most half of what λ_j is away from a bound."""
+    lower, upper = bounds_of(h.constraint)
+    room = min(number - lower, upper - number)
+    if math.isinf(room) and not isinstance(h.constraint, type(real)):
+        room = abs(number) or math.inf
+    return min(difference, room / 2)

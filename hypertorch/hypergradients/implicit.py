@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from ..dynamics import Dynamics
 from ..errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -196,17 +197,20 @@ class Implicit(Engine):
         """Return K + 1 + 2 products, as if the solver took `max_steps` of them.
 
         How many it took, a window counts. A gradient of `inner_loss` is counted as one, and Bᵀ v of
-        what is in the loss as one product more.
+        what is in the loss, or of the whole state (`FixedPoint`), as one product more.
         """
-        products = self.solver.max_steps + bool(training.in_loss)
+        is_of_state = not self._is_of_weights(training.dynamics)
+        products = self.solver.max_steps + (is_of_state or bool(training.in_loss))
         return horizon + 1 + 2 * products + (self.inner_loss is not None)
 
     def system(self, linearised: Linearised) -> Stationarity:
         """Return the linear system that the solver gets."""
-        is_known = is_torch_own(linearised.transition.dynamics)
-        if is_known and not isinstance(self.solver, FixedPoint):
+        if self._is_of_weights(linearised.transition.dynamics):
             return OfWeights(linearised, self.holds_preconditioner)
         return OfState(linearised)
+
+    def _is_of_weights(self, dynamics: Dynamics) -> bool:
+        return is_torch_own(dynamics) and not isinstance(self.solver, FixedPoint)
 
     def solve(
         self, system: Stationarity, rhs: list[Tensor], start: list[Tensor] | None

@@ -93,10 +93,12 @@ class OfState(Stationarity):
         super().__init__(linearised.with_buffers(_buffers_at_rest(linearised)))
         self._following = self.linearised.next_state()
         after, before = self._following.parts(), self.linearised.state.parts()
+        frozen = linearised.transition.frozen()
         self._parts = {
             place: part
             for place, part in before.items()
             if part.requires_grad
+            and not frozen[place[0]]
             and (place[1] == "param" or part.is_leaf)
             and after.get(place, part) is not part
         }

@@ -1,0 +1,57 @@
+"""What the graph of an inner loss says of where it comes from, and what torch says of it."""
+
+from collections.abc import Sequence
+from typing import NoReturn
+
+from torch import Tensor
+
+from .errors import UnsupportedError, WindowError
+
+
+def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor]) -> None:
+    """Raise if `loss` uses a weight as it was at the window's start, through an old reference.
+
+    Args:
+        loss: the inner loss of a step after the window's first.
+        fast: the weights as the model holds them now.
+        live: the optimizer's parameters, in whose place they are.
+
+    Cost: one walk over the graph of `loss`, down to the present weights.
+    """
+    replaced = {id(p) for p, w in zip(live, fast, strict=True) if w is not p}
+    present = {w.grad_fn for w in fast if w.grad_fn is not None}
+    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node in present or node is None:
+            continue
+        new = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(new)
+        ahead += new
+    is_old = any(id(getattr(node, "variable", None)) in replaced for node in seen)
+    if is_old and not present.isdisjoint(seen):
+        raise WindowError(
+            "The loss uses a weight as it was when the window opened, from a reference that was "
+            "taken before. Take weights from the model in every step: "
+            "`model.parameters()`, `model.layer.weight`."
+        )
+
+
+def explain(error: RuntimeError) -> NoReturn:
+    """Raise a step's error again, or say what to do about what torch says in its own words.
+
+    Raises:
+        WindowError: the loss's graph was used up.
+        UnsupportedError: it cannot be differentiated twice.
+    """
+    if "derivative for" in str(error):
+        raise UnsupportedError(
+            f"An operation that the loss uses has no second derivative: {error} Call "
+            "`loss.backward(); step()` with `engine=FirstOrder()`, which needs none."
+        ) from error
+    if "backward through the graph a second time" not in str(error):
+        raise error
+    raise WindowError(
+        "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
+        "remove `loss.backward()`, or make a plain step, `step()`, after it."
+    ) from error
