@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from experiments.config_errors import ConfigError
 from experiments.schema import Config
 
-COUNTS = ("epochs", "evaluate_every", "checkpoint_every", "threads")  # of a run, None allowed
+COUNTS = ("run.epochs", "run.evaluate_every", "run.checkpoint_every", "run.threads")
 
 
 def check_values(config: Config) -> None:
@@ -25,7 +25,7 @@ def check_values(config: Config) -> None:
         ConfigError: for the first such value.
     """
     check_finite(config)
-    check_least("run", config.run, COUNTS, 1)
+    check_least(config, COUNTS, 1)
     for key in ("experiment", "name"):
         _check_folder_name(f"run.{key}", config.run[key])
     if config.study is not None and not config.study.seeds:
@@ -46,24 +46,40 @@ def check_finite(config: Any) -> None:
             raise ConfigError(f"`{key}` is no finite number. Got {value}. Give it one.")
 
 
-def check_least(prefix: str, node: Any, keys: Sequence[str], least: int) -> None:
+def check_least(config: Any, keys: Sequence[str], least: int, prefix: str = "") -> None:
     """Refuse what lies below the least value that makes sense.
 
     Args:
-        prefix: where the node sits in the whole, as `"run"`.
-        node: a configuration; keys that it lacks and values of None are passed over.
-        keys: of whole numbers.
+        config: an OmegaConf node; keys that it lacks and values of None are passed over.
+        keys: of whole numbers, dotted.
         least: the smallest that is allowed.
+        prefix: where the node sits in the whole, as `"tier.size."`.
 
     Raises:
         ConfigError: for the first that is smaller.
     """
     for key in keys:
-        value = node.get(key)
+        value = OmegaConf.select(config, key)
         if value is not None and value < least:
-            raise ConfigError(
-                f"`{prefix}.{key}` is too small. Got {value}. Choose {least} or more."
-            )
+            raise ConfigError(f"`{prefix}{key}` is too small. Got {value}. Choose {least} or more.")
+
+
+def make_folder(path: Path, key: str) -> None:
+    """Make a folder that a setting decides about, unless it is there.
+
+    Args:
+        path: of the folder.
+        key: of the setting, as `"run.root"`.
+
+    Raises:
+        ConfigError: if the system refuses.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"No folder can be made at `{path}`: {error.strerror}. Choose another `{key}`."
+        ) from None
 
 
 def _check_folder_name(key: str, name: str) -> None:

@@ -18,8 +18,10 @@ import torch
 from tqdm import tqdm
 
 from experiments.config import load_config
+from experiments.exit_status import with_exit_status
 from experiments.figures import demo_figure
 from experiments.optimizers import schedule_factor
+from experiments.resuming import Interrupted
 from experiments.run import run
 from experiments.run_folder import Row, RunFolder
 from experiments.schema import Config
@@ -207,20 +209,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: of the command line.
 
     Returns:
-        The exit status, 0.
+        The exit status, 0; with another one the process exits.
     """
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("overrides", nargs="*", help="e.g. run.epochs=2, for a shorter demo")
     overrides = parser.parse_args(arguments).overrides
     torch.set_num_threads(1)
+    with with_exit_status():
+        _compare(overrides)
+    return 0
+
+
+def _compare(overrides: list[str]) -> None:
     learned_config = config_at(START, overrides, "hyper=any_start", "run.name=learned")
     fixed_config = config_at(START, overrides, "hyper=none", "run.name=fixed")
     print(f"Digits: learned and fixed run from {_at(START)}, then a grid of 25 runs.", flush=True)
-    learned, fixed = (run(config, fresh=True) for config in (learned_config, fixed_config))
-    grid = run_grid(overrides)
+    try:
+        learned, fixed = (run(config, fresh=True) for config in (learned_config, fixed_config))
+        grid = run_grid(overrides)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped. The same command starts the demo again.") from None
     entries = table(learned, fixed, grid)
     _report(learned_config, learned, grid, entries)
-    return 0
 
 
 def _report(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from experiments.config_errors import ConfigError
 from experiments.vision import torchvision
 
 
@@ -18,9 +19,13 @@ class MLP(nn.Sequential):
         image_shape: channels, height, width.
         classes: number of outputs.
         hidden: width of each hidden layer.
+
+    Raises:
+        ConfigError: for a width below 1.
     """
 
     def __init__(self, image_shape: Sequence[int], classes: int, hidden: Sequence[int]) -> None:
+        _check_widths("hidden", hidden)
         widths = [math.prod(image_shape), *hidden, classes]
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(widths):
@@ -35,14 +40,31 @@ class SmallCNN(nn.Sequential):
         image_shape: channels, height, width; each block halves height and width.
         classes: number of outputs.
         channels: output channels of each block.
+
+    Raises:
+        ConfigError: for no block, one of less than 1 channel, or more than the image can be halved.
     """
 
     def __init__(self, image_shape: Sequence[int], classes: int, channels: Sequence[int]) -> None:
+        _check_widths("channels", channels)
+        most = min(image_shape[1:]).bit_length() - 1
+        if not 1 <= len(channels) <= most:
+            raise ConfigError(
+                f"`model.channels` does not fit the images. Got {list(channels)} for "
+                f"{image_shape[1]}×{image_shape[2]} pixels. Name from 1 to {most} numbers."
+            )
         layers: list[nn.Module] = []
         for inputs, outputs in itertools.pairwise([image_shape[0], *channels]):
             layers += _block(inputs, outputs)
         height, width = (side >> len(channels) for side in image_shape[1:])
         super().__init__(*layers, nn.Flatten(), nn.Linear(channels[-1] * height * width, classes))
+
+
+def _check_widths(name: str, widths: Sequence[int]) -> None:
+    if any(width < 1 for width in widths):
+        raise ConfigError(
+            f"`model.{name}` must be positive. Got {list(widths)}. Choose numbers from 1 on."
+        )
 
 
 def _block(inputs: int, outputs: int) -> list[nn.Module]:

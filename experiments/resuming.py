@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 
-class Interrupted(Exception):
-    """Ctrl-C came; what the run needs to go on is written."""
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C came; the message says what the same command does next."""
 
 
 class Interruption:

@@ -6,27 +6,21 @@ run shows what was found, and when.
 
 from __future__ import annotations
 
-import contextlib
 import os
-import sys
-from collections.abc import Iterator
 from datetime import datetime
 from typing import Any, cast
 
 import hydra
 from omegaconf import DictConfig
 
-import hypertorch
 from experiments.config import CONFIG_FOLDER, checked, register_schema
-from experiments.config_errors import ConfigError, explained
+from experiments.config_errors import explained
+from experiments.exit_status import with_exit_status
 from experiments.figures import run_figure
-from experiments.resuming import Interrupted
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.study import report_study, run_study
 from experiments.training import Trainer
-
-BAD_INPUT, INTERRUPTED = 2, 130  # exit statuses; the second is the shells' own for Ctrl-C
 
 
 def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str, Any]:
@@ -63,7 +57,7 @@ def _train(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 
 @hydra.main(config_path=str(CONFIG_FOLDER), config_name="config", version_base="1.3")
 def _job(config: DictConfig) -> None:
-    with _exit_with_a_message():
+    with with_exit_status():
         settings = checked(config)
         folder = RunFolder.of(settings)
         finished = folder.finished()
@@ -89,27 +83,11 @@ def _report(summary: dict[str, Any], folder: RunFolder) -> None:
     print(f"Run folder {folder.path}, figure {folder.figure_file}.")
 
 
-@contextlib.contextmanager
-def _exit_with_a_message() -> Iterator[None]:
-    """Exit with status 2 on bad input and 130 on Ctrl-C; anything else keeps its trace."""
-    try:
-        yield
-    except (ConfigError, FileNotFoundError, hypertorch.HypertorchError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(BAD_INPUT)
-    except Interrupted as interruption:
-        print(f"{interruption} The same command goes on from here.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-    except KeyboardInterrupt:
-        print("Interrupted; nothing was written since the last checkpoint.", file=sys.stderr)
-        sys.exit(INTERRUPTED)
-
-
 def main() -> None:
     """Run what the command line says; `--multirun` and `--cfg job` are Hydra's."""
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra would print a trace and exit instead
     register_schema()
-    with _exit_with_a_message(), explained(CONFIG_FOLDER):
+    with with_exit_status(), explained(CONFIG_FOLDER):
         cast(Any, _job)()
 
 

@@ -21,6 +21,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from experiments.config_errors import ConfigError
+from experiments.config_values import make_folder
 from experiments.folder_lock import locked
 from experiments.schema import Config
 
@@ -75,7 +76,7 @@ class RunFolder:
             self._check_settings()
             yield
             return
-        self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path, "run.root")
         with locked(self.path):
             self._prepare(fresh)
             try:

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from experiments.config_errors import ConfigError
 from experiments.evaluation import BestWeights, evaluate
 from experiments.loaders import Examples, TensorLoader
 from experiments.optimizers import (
@@ -116,7 +117,10 @@ class Trainer:
                 self._train_until(self._next_evaluation(), batches, interruption)
                 self._checkpoint_if_due(interruption.requested)
                 if interruption.requested:
-                    raise Interrupted(f"Stopped at step {self.step} of {self.steps}.")
+                    raise Interrupted(
+                        f"Stopped at step {self.step} of {self.steps}. The same command goes on "
+                        "from here."
+                    )
 
     def _next_evaluation(self) -> int:
         every = self.config.run.evaluate_every or len(self.loader)
@@ -221,6 +225,13 @@ class Trainer:
 def _device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros((), device=name).item()
+    except (RuntimeError, AssertionError) as error:  # the second without CUDA
+        reason = str(error).splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"`run.device` cannot be used here. Got `{name}`: {reason}. Choose `auto` or `cpu`."
+        ) from error
     return torch.device(name)
 
 

@@ -16,6 +16,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from experiments.resuming import Interrupted
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 
@@ -34,10 +35,18 @@ def run_study(config: Config, folder: RunFolder, progress: bool) -> dict[str, An
     Returns:
         The summary: what the study found, its seeds, and the seconds it took. Under `says` stand
         the sentences that the command prints.
+
+    Raises:
+        Interrupted: after Ctrl-C.
     """
     torch.set_num_threads(config.run.threads)
     started = time.perf_counter()
-    findings = get_object(config.study._target_)(config, folder, progress)
+    try:
+        findings = get_object(config.study._target_)(config, folder, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            "Stopped. A study has no checkpoints: the same command starts it again."
+        ) from None
     return {
         "experiment": config.run.experiment,
         "name": config.run.name,
