@@ -14,9 +14,10 @@ from experiments.band.plan import Plan
 from experiments.band.summary import comparisons, summary_text, write_summary
 from experiments.band.table import Table, write_csv
 from experiments.band.work import do_all
-from experiments.config_errors import ConfigError
+from experiments.config_values import make_folder
+from experiments.exit_status import with_exit_status
+from experiments.resuming import Interrupted
 
-BAD_INPUT, INTERRUPTED = 2, 130
 HELP = """python -m experiments.band [tier=quick|full] [task=NAME] [methods=[NAME,…]] [key=value …]
 
 Trains from every start by every method, goes on where it stopped, and compares with the grid.
@@ -32,28 +33,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: Hydra overrides, such as `tier=full`, `task=breast_cancer`, `methods=[hyper]`.
 
     Returns:
-        The exit status.
+        The exit status, 0; with another one the process exits.
     """
     overrides = list(sys.argv[1:] if arguments is None else arguments)
     if {"-h", "--help"} & set(overrides):
         print(HELP)
         return 0
     torch.set_num_threads(1)
-    try:
-        config = load_band(overrides)
-        plan = Plan(config, load_tasks(overrides))
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return BAD_INPUT
+    with with_exit_status():
+        print(compare(overrides))
+    return 0
+
+
+def compare(overrides: list[str]) -> str:
+    """Do what is missing, and report on all of it.
+
+    Args:
+        overrides: as for `main`.
+
+    Returns:
+        The summary as text.
+
+    Raises:
+        ConfigError: for a setting that is unknown or makes no sense, and for a missing package.
+        Interrupted: after Ctrl-C.
+    """
+    config = load_band(overrides)
+    plan = Plan(config, load_tasks(overrides))
     root = Path(config.root)
+    make_folder(root, "root")
     table = Table(root / "rows.jsonl")
     try:
         do_all(plan, table, config.workers)
     except KeyboardInterrupt:
-        print("Stopped. The same command goes on.", file=sys.stderr)
-        return INTERRUPTED
-    print(report(plan, table, root / config.tier.name))
-    return 0
+        raise Interrupted("Stopped. The same command goes on.") from None
+    return report(plan, table, root / config.tier.name)
 
 
 def report(plan: Plan, table: Table, folder: Path) -> str:

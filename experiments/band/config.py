@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,7 +13,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
 from experiments.config import CONFIG_FOLDER, composed
 from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean
+from experiments.config_values import check_finite, check_least
+from experiments.schema import Schedule
 
+COUNTS = ("workers", "task.batch_size", "task.epochs", "task.evaluations", "task.together")
 BAND_FOLDER = CONFIG_FOLDER / "band"
 
 
@@ -28,7 +31,7 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
         A checked configuration.
 
     Raises:
-        ConfigError: for an unknown key or choice, or a value of the wrong type.
+        ConfigError: for an unknown key or choice, or a value of the wrong type or without meaning.
     """
     store = ConfigStore.instance()
     store.store(name="band", node=BandConfig)
@@ -47,6 +50,8 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
     _let_the_command_line_win(config, overrides)
+    check_finite(config)
+    check_least(config, COUNTS, 1)
     return cast(BandConfig, config)
 
 
@@ -84,6 +89,7 @@ def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, Ta
     if config.task is not None:
         return {config.task.name: config.task}
     names = list(config.tier.tasks)
+    check_names("tier.tasks", names)
     return {name: load_band([*overrides, f"task={name}"], folder).task for name in names}
 
 
@@ -100,7 +106,7 @@ def size_of(config: BandConfig, task: str) -> SizeConfig:
         The size.
 
     Raises:
-        ConfigError: if `tier.smaller` has a key that `tier.size` has not.
+        ConfigError: if `tier.smaller` has a key that `tier.size` has not, or a bad value.
     """
     smaller: Any = config.tier.smaller.get(task, {})
     for key in smaller:
@@ -109,4 +115,28 @@ def size_of(config: BandConfig, task: str) -> SizeConfig:
                 f"configs/band/tier/{config.tier.name}.yaml: unknown key "
                 f"`smaller.{task}.{key}`.{did_you_mean(key, SizeConfig.__dataclass_fields__)}"
             )
-    return cast(SizeConfig, OmegaConf.merge(cast(Any, config.tier.size), smaller))
+    size = OmegaConf.merge(cast(Any, config.tier.size), smaller)
+    check_least(size, ("grid_every",), 1, "tier.size.")
+    check_least(size, ("random", "tpe"), 0, "tier.size.")
+    check_names("tier.size.seeds", size.seeds)
+    check_names("tier.size.schedules", size.schedules, Schedule.__members__)
+    return cast(SizeConfig, size)
+
+
+def check_names(key: str, names: Collection[Any], known: Collection[str] | None = None) -> None:
+    """Refuse an empty list, and a name in it that nothing has.
+
+    Args:
+        key: of the setting.
+        names: the list.
+        known: those there are; None takes all.
+
+    Raises:
+        ConfigError: if it is empty, or for the first such name.
+    """
+    if not names:
+        hint = f" Available: {', '.join(known)}." if known else ""
+        raise ConfigError(f"`{key}` is empty: there is nothing to run. Name at least one.{hint}")
+    for name in names:
+        if known is not None and name not in known:
+            raise ConfigError(f"`{key}`: there is no `{name}`.{did_you_mean(name, known)}")

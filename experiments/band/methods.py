@@ -24,6 +24,7 @@ class Method:
     `schedules`: those it is run with, one run each. `takes_lr`, `takes_weight_decay`: whether it
     starts from η₀ and from λ₀. `is_own`: made of this library, so that its code is in the key.
     `own_base`: the base of one that does not wrap any; it is in the tables of all bases.
+    `package`: that it is imported from.
     """
 
     build: Build
@@ -32,6 +33,7 @@ class Method:
     takes_weight_decay: bool = True
     is_own: bool = False
     own_base: str | None = None
+    package: str | None = None
 
 
 def build_fixed(model: nn.Module, problem: Problem, run: Run) -> Trainee:
@@ -55,12 +57,12 @@ METHODS: dict[str, Method] = {
         name: Method(build_ours, schedules=(preset.schedule,), is_own=True)
         for name, preset in PRESETS.items()
     },
-    "prodigy": Method(prodigy, ("cosine",), takes_lr=False, own_base="adamw"),
-    "d-adaptation": Method(d_adaptation, ("linear",), takes_lr=False),
-    "dog": Method(dog, takes_lr=False, own_base="sgd"),
-    "l-dog": Method(dog, takes_lr=False, own_base="sgd"),
-    "schedule-free": Method(schedule_free),
-    "mechanic": Method(mechanic, ("linear",)),
+    "prodigy": Method(prodigy, ("cosine",), takes_lr=False, own_base="adamw", package="prodigyopt"),
+    "d-adaptation": Method(d_adaptation, ("linear",), takes_lr=False, package="dadaptation"),
+    "dog": Method(dog, takes_lr=False, own_base="sgd", package="dog"),
+    "l-dog": Method(dog, takes_lr=False, own_base="sgd", package="dog"),
+    "schedule-free": Method(schedule_free, package="schedulefree"),
+    "mechanic": Method(mechanic, ("linear",), package="mechanic_pytorch"),
     "hd-additive": Method(build_descent),
     "hd-multiplicative": Method(build_descent),
 }

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hypertorch
-from experiments.band.config import size_of
+from experiments.band.config import check_names, size_of
 from experiments.band.methods import METHODS
 from experiments.band.rows import Run, digest, fingerprint
 from experiments.band.schema import BandConfig, GridConfig, TaskConfig
-from experiments.config_errors import ConfigError, did_you_mean
+from experiments.config_errors import ConfigError
 
 FIXED = "fixed"
+BASES = ("sgd", "adamw")
 ADAMW_DEFAULT = (1e-3, 1e-2)  # η and λ of torch.optim.AdamW
 
 
@@ -45,18 +46,22 @@ class Plan:
         tasks: their settings by name.
 
     Raises:
-        ConfigError: for a method or base that does not exist.
+        ConfigError: for a method, base or schedule that does not exist, or if nothing is to be run.
     """
 
     def __init__(self, config: BandConfig, tasks: dict[str, TaskConfig]) -> None:
         self.config, self.tasks = config, tasks
         self.methods = list(config.tier.methods if config.methods is None else config.methods)
-        for name in self.methods:
-            if name not in METHODS:
-                raise ConfigError(f"`methods`: no method `{name}`.{did_you_mean(name, METHODS)}")
+        check_names("methods", self.methods, METHODS)
+        check_names("tier.bases", config.tier.bases, BASES)
         self.sizes = {name: size_of(config, name) for name in tasks}
         self._ids = {name: fingerprint(task) for name, task in tasks.items()}
         self._code = code_of_library()
+        if not any(self.settings()):
+            bases = ", ".join(config.tier.bases)
+            raise ConfigError(
+                f"No task has a base of `tier.bases`. Got {bases}. Choose another base or `task`."
+            )
 
     def settings(self) -> Iterator[Setting]:
         """Every task with every base and seed."""

@@ -10,7 +10,7 @@ import csv
 import math
 import random
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +22,6 @@ from experiments.band.search import tpe
 
 SUBSETS = 200  # random subsets that random search's expectation is taken over
 SEARCH_COSTS = (1, 4, 16, 64)
-Accuracy = Callable[[Row], float]
 Start = tuple[float | None, float | None]
 
 
@@ -210,7 +209,7 @@ class Comparison:
             decades_weight_decay_half_point=group.decades(0.5, goal, axis=1),
             decades_weight_decay_one_point=group.decades(1.0, goal, axis=1),
             cost_counted=statistics.median(row.cost_steps / row.steps for row in group.all),
-            cost_wall=statistics.median(_wall_ratio(row) for row in group.all),
+            cost_wall=_median_wall_ratio(group.all),
             diverged=sum(row.diverged for row in group.all),
             errors=sum(bool(row.error) for row in group.all),
             rollbacks=sum(row.rollbacks for row in group.all),
@@ -313,8 +312,10 @@ def _chosen(rows: Sequence[Row]) -> Row:
     return max(rows, key=lambda row: row.score)
 
 
-def _wall_ratio(row: Row) -> float:
-    return row.seconds / row.plain_seconds if row.plain_seconds > 0 else math.nan
+def _median_wall_ratio(rows: Sequence[Row]) -> float:
+    """Over the rows that trained long enough to be timed."""
+    ratios = [row.seconds / row.plain_seconds for row in rows if row.plain_seconds > 0]
+    return statistics.median(ratios) if ratios else math.nan
 
 
 def _mean(values: Iterable[float]) -> float:

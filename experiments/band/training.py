@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from experiments.band.methods import METHODS
 from experiments.band.problems import Problem
 from experiments.band.rows import Row, Run
 from experiments.band.trainee import PlainClock, Trainee
+from experiments.config_errors import ConfigError
 from experiments.evaluation import or_infinite
 from experiments.loaders import Examples
 
@@ -27,14 +29,18 @@ def train(problem: Problem, run: Run) -> Row:
 
     Returns:
         The finished row.
+
+    Raises:
+        ConfigError: if the method's package is missing.
     """
     loop = Loop(problem, run)
     error = ""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
+            loop.build()
             loop.run()
-        except KeyboardInterrupt:
+        except ConfigError:
             raise
         except Exception as failure:  # whatever a method raises ends its run alone
             error = f"{type(failure).__name__}: {failure}"
@@ -52,13 +58,17 @@ class Loop:
 
     def __init__(self, problem: Problem, run: Run) -> None:
         self.problem, self.key = problem, run
-        model = problem.model().train()
-        started = time.perf_counter()  # some methods train before the first step
-        self.trainee: Trainee = METHODS[run.method].build(model, problem, run)
-        self.seconds, self.step = time.perf_counter() - started, 0
+        self.seconds, self.step, self.is_finite = 0.0, 0, True
         self.checkpoints = Checkpoints(problem.task.validation)
         self.clock = PlainClock(problem, run.base)
-        self.is_finite = True
+        self.trainee: Trainee = self.clock.trainee  # untrained, until the method is built
+
+    def build(self) -> None:
+        """Build the method; some train before the first step."""
+        model = self.problem.model().train()
+        started = time.perf_counter()
+        self.trainee = METHODS[self.key.method].build(model, self.problem, self.key)
+        self.seconds = time.perf_counter() - started
 
     def run(self) -> None:
         """Train and evaluate."""
@@ -85,7 +95,9 @@ class Loop:
             self.is_finite = self.checkpoints.offer(model, self.step, *self.trainee.values())
 
     def row(self, error: str) -> Row:
-        """What there is to know about the run."""
+        """What there is to know about the run: of one that was never built, the initial weights."""
+        if not self.checkpoints.history:
+            self.checkpoints.offer(self.trainee.model, 0, math.nan, math.nan)
         with self.trainee.evaluated() as model:
             tested: dict[str, Any] = self.checkpoints.test(model, self.problem.task.test)
         diverged = bool(error) or not self.is_finite

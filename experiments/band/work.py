@@ -12,6 +12,8 @@ import torch
 from tqdm import tqdm
 
 from experiments.band.many import train_many
+from experiments.band.methods import METHODS
+from experiments.band.packages import package
 from experiments.band.plan import Job, Plan
 from experiments.band.problems import Problem, problem_of
 from experiments.band.rows import Row, Run
@@ -30,8 +32,12 @@ def do_all(plan: Plan, table: Table, workers: int, progress: bool = True) -> Non
         table: what is done already; afterwards it holds the rest too.
         workers: processes; 1 is this one.
         progress: show a progress bar, and the runs that end in an error.
+
+    Raises:
+        ConfigError: if a package is missing that a method needs, before any work is done.
     """
     jobs = plan.jobs(table.rows)
+    _check_packages(jobs)
     total = sum(_count(plan, job) for job in jobs)
     with tqdm(total=total, unit="run", disable=not progress, smoothing=0.05) as bar:
         for job, rows in _results(jobs, plan, table.path, workers):
@@ -41,6 +47,14 @@ def do_all(plan: Plan, table: Table, workers: int, progress: bool = True) -> Non
                 if row.error and progress:
                     bar.write(f"{row.run.method} from {row.run.lr}: {row.error}")
     table.reload()
+
+
+def _check_packages(jobs: Sequence[Job]) -> None:
+    names = {METHODS[run.method].package for job in jobs for run in job.runs}
+    if any(job.kind == "tpe" for job in jobs):
+        names.add("optuna")
+    for name in sorted(filter(None, names)):
+        package(name)
 
 
 def _count(plan: Plan, job: Job) -> int:

@@ -142,7 +142,16 @@ BAD = {
     "Did you mean `digits_noisy`?",
     "tier.smaller.digits_noisy.seeds=[1]": "command line: `tier.smaller.digits_noisy` has not been "
     "set so far. To add it: `+tier.smaller.digits_noisy.seeds=[1]`.",
-    "methods=[hypr]": "`methods`: no method `hypr`. Did you mean `hyper`?",
+    "methods=[hypr]": "`methods`: there is no `hypr`. Did you mean `hyper`?",
+    "methods=[]": "`methods` is empty: there is nothing to run. Name at least one. Available: ",
+    "tier.size.schedules=[lin]": "`tier.size.schedules`: there is no `lin`. Did you mean `linear`?",
+    "tier.size.seeds=[]": "`tier.size.seeds` is empty: there is nothing to run. Name at least one.",
+    "tier.size.start_lr=[nan]": "`tier.size.start_lr` is no finite number. Got nan. Give it one.",
+    "tier.size.grid_every=0": "`tier.size.grid_every` is too small. Got 0. Choose 1 or more.",
+    "tier.bases=[adam]": "`tier.bases`: there is no `adam`. Did you mean `adamw`?",
+    "task.bases=[adamw]": "No task has a base of `tier.bases`. Got sgd. Choose another ",
+    "task.epochs=0": "`task.epochs` is too small. Got 0. Choose 1 or more.",
+    "workers=0": "`workers` is too small. Got 0. Choose 1 or more.",
 }
 
 
@@ -280,27 +289,17 @@ def test_the_optimal_decay_belongs_to_torch_weight_decay():
     assert set(found.values()) <= set(DECAYS)
 
 
-RIVALS = {
-    "prodigy": "prodigyopt",
-    "d-adaptation": "dadaptation",
-    "dog": "dog",
-    "l-dog": "dog",
-    "schedule-free": "schedulefree",
-    "mechanic": "mechanic_pytorch",
-}
-
-
 ON_A_BASE = [
     (name, base)
-    for name in RIVALS
+    for name, method in METHODS.items()
     for base in ("sgd", "adamw")
-    if METHODS[name].own_base in (None, base)
+    if method.package and method.own_base in (None, base)
 ]
 
 
 @pytest.mark.parametrize(("method", "base"), ON_A_BASE)
 def test_a_rival_from_its_package_learns_on_a_network_with_batch_norm(method, base):
-    pytest.importorskip(RIVALS[method], reason="comes with the extra `band`")
+    pytest.importorskip(METHODS[method].package, reason="comes with the extra `band`")
     sizes = [setting for setting in DIGITS[1:] if "hidden" not in setting]
     cnn = ["task=fashion_cnn", "task/data=digits_schema", "task.model.channels=[4]"]
     tasks = load_tasks([*cnn, *sizes, "task.epochs=20"])

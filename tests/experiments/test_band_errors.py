@@ -1,0 +1,78 @@
+"""The benchmark's methods that cannot be built, or cannot be imported."""
+
+import math
+import sys
+from dataclasses import replace
+
+import pytest
+
+from experiments.band import methods
+from experiments.band.__main__ import report
+from experiments.band.config import load_band, load_tasks
+from experiments.band.plan import Plan
+from experiments.band.problems import Problem
+from experiments.band.rows import Run
+from experiments.band.table import Table
+from experiments.band.training import train
+from experiments.band.work import do_all
+from experiments.config_errors import ConfigError
+
+DIGITS = [
+    *("task=digits_noisy", "task.data.train_size=60", "task.data.validation_size=40"),
+    *("task.data.test_size=100", "task.model.hidden=[8]", "task.batch_size=20", "task.epochs=2"),
+    *("tier.size.start_lr=[1e-2]", "tier.size.grid_every=6", "tier.size.random=0"),
+]
+
+
+def all_of(path, *overrides):
+    """Do all of a plan in this process; return the plan and its table."""
+    arguments = [*DIGITS, *overrides]
+    plan, table = Plan(load_band(arguments), load_tasks(arguments)), Table(path / "rows.jsonl")
+    do_all(plan, table, workers=1, progress=False)
+    return plan, table
+
+
+def without(name, monkeypatch):
+    monkeypatch.setitem(sys.modules, name, None)  # imports of it raise ModuleNotFoundError
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("prodigyopt", ["methods=[fixed,prodigy]"]),
+        ("optuna", ["methods=[fixed]", "tier.size.tpe=2"]),
+    ],
+)
+def test_a_missing_package_is_named_before_any_work(tmp_path, monkeypatch, name, overrides):
+    without(name, monkeypatch)
+    with pytest.raises(ConfigError, match=f"`{name}` is missing"):
+        all_of(tmp_path, *overrides)
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_packages_of_methods_that_are_not_run_may_be_missing(tmp_path, monkeypatch):
+    without("prodigyopt", monkeypatch)
+    _, table = all_of(tmp_path, "methods=[fixed,hd-additive]")
+    assert {run.method for run in table.rows} == {"fixed", "hd-additive"}
+
+
+def test_a_package_that_is_missing_in_the_end_is_no_divergence(monkeypatch):
+    without("prodigyopt", monkeypatch)
+    problem = Problem(load_tasks(DIGITS)["digits_noisy"], seed=0)
+    with pytest.raises(ConfigError, match="`prodigyopt` is missing"):
+        train(problem, Run("digits_noisy", "", 0, "adamw", "prodigy", "cosine", None, 1e-4))
+
+
+def test_a_method_that_cannot_be_built_is_a_divergence_with_a_message(tmp_path, monkeypatch):
+    def build(*_):
+        raise ValueError("no such thing")
+
+    broken = replace(methods.METHODS["hd-additive"], build=build)
+    monkeypatch.setitem(methods.METHODS, "hd-additive", broken)
+    plan, table = all_of(tmp_path, "methods=[fixed,hd-additive]")
+    (row,) = (row for row in table.rows.values() if row.run.method == "hd-additive")
+    assert row.error == "ValueError: no such thing" and row.diverged
+    assert row.test_accuracy == row.last_test_accuracy == 0.1
+    assert row.cost_steps == row.best_step == 0 and math.isnan(row.final_lr)
+    assert row.seconds == row.plain_seconds == 0 and len(row.history) == 1
+    assert "\nhd-additive " in report(plan, table, tmp_path)
