@@ -245,28 +245,30 @@ def figure(points: Sequence[Point]) -> Figure:
     models = list(dict.fromkeys(p.model for p in points))
     drawing = Figure(figsize=(13, 3.9 * len(models)), layout="constrained")
     rows = drawing.subplots(len(models), 3, squeeze=False)
+    colours = {engine: f"C{i}" for i, engine in enumerate(dict.fromkeys(p.engine for p in points))}
     for model, (times, memory, counts) in zip(models, rows, strict=True):
         own = [p for p in points if p.model == model]
-        _curves(times, [p for p in own if p.numbers == 2], "horizon", "ratio")
+        _curves(times, colours, [p for p in own if p.numbers == 2], "horizon", "ratio")
         times.set(title=f"{model}: time", xlabel="K", ylabel="time / K bare steps")
-        _curves(memory, [p for p in own if p.numbers == 2], "horizon", "states")
+        _curves(memory, colours, [p for p in own if p.numbers == 2], "horizon", "states")
         memory.set(title=f"{model}: memory", xlabel="K", ylabel="peak, in states")
-        _curves(counts, [p for p in own if p.numbers != 2], "numbers", "ratio")
+        _curves(counts, colours, [p for p in own if p.numbers != 2], "numbers", "ratio")
         horizon = next((p.horizon for p in own if p.numbers != 2), 0)
         counts.set(
             title=f"{model}: time, window of {horizon}",
             xlabel="numbers learned",
             ylabel=f"time / {horizon} bare steps",
         )
+    known = {str(line.get_label()): line for axes in drawing.axes for line in axes.lines}
+    drawing.legend(list(known.values()), list(known), loc="outside lower center", ncols=len(known))
     return drawing
 
 
-def _curves(axes: Any, points: Sequence[Point], x: str, y: str) -> None:
+def _curves(axes: Any, colours: Mapping[str, str], points: Sequence[Point], x: str, y: str) -> None:
     for engine in dict.fromkeys(p.engine for p in points):
         own = [p for p in points if p.engine == engine]
         style = "--" if engine in ("higher", "torchopt") else "-"
         xs, ys = [getattr(p, x) for p in own], [getattr(p, y) for p in own]
-        axes.plot(xs, ys, style, marker="o", markersize=4, label=engine)
+        axes.plot(xs, ys, style, color=colours[engine], marker="o", markersize=4, label=engine)
     axes.set(xscale="log", yscale="log")
     axes.grid(alpha=0.3, which="both")
-    axes.legend(fontsize=8)

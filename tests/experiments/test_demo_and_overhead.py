@@ -25,6 +25,26 @@ def test_the_demo_ends_with_its_line_of_json(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "demo" / "figure.png").stat().st_size > 10_000
 
 
+def test_the_legend_of_the_engines_covers_no_curve_and_holds_for_every_panel():
+    names = [*overhead_engines.ENGINES, "higher", "torchopt"]
+    points = [
+        overhead_engines.Point(model, engine, horizon, 2, 1.0, 2.0 + i, 3.0 + i)
+        for model in ("MLP", "CNN")
+        for i, engine in enumerate(names)
+        for horizon in (1, 4)
+    ]
+    points += [p._replace(horizon=10, numbers=p.horizon) for p in points if "K" in p.engine]
+    drawing = overhead_engines.figure(points)
+    drawing.draw_without_rendering()
+    (legend,) = drawing.legends
+    assert [text.get_text() for text in legend.get_texts()] == names
+    panels = drawing.axes
+    assert not any(panel.get_legend() for panel in panels)
+    assert not any(legend.get_window_extent().overlaps(p.get_tightbbox()) for p in panels)
+    colours = {(line.get_label(), line.get_color()) for p in panels for line in p.lines}
+    assert len(colours) == len(names)
+
+
 def test_the_grid_has_25_cells_and_holds_the_start():
     assert len(demo.grid_points()) == 25
     assert demo.START in demo.grid_points()
