@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
-import pickle
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -135,9 +135,10 @@ class RunFolder:
         """The checkpoint that an interrupted run left, or None."""
         if not self.checkpoint_file.exists():
             return None
+        content = io.BytesIO(self.checkpoint_file.read_bytes())
         try:
-            state: dict[str, Any] = torch.load(self.checkpoint_file, map_location=device)
-        except (EOFError, RuntimeError, pickle.UnpicklingError):
+            state: dict[str, Any] = torch.load(content, map_location=device)
+        except Exception:  # damaged bytes raise anything from an IndexError to an OSError
             raise _damaged(self.checkpoint_file, "Delete it, and the run starts again.") from None
         return state
 

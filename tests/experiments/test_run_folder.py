@@ -121,9 +121,10 @@ def test_a_summary_without_its_configuration_is_nobodys(tiny):
 
 
 DAMAGED = [(name, text) for name in ("summary.json", "checkpoint.pt") for text in ("", "[1")]
+DAMAGED += [("checkpoint.pt", "a."), ("checkpoint.pt", "h\x05."), ("config.yaml", "{run: ")]
 
 
-@pytest.mark.parametrize(("name", "text"), [*DAMAGED, ("config.yaml", "{run: ")])
+@pytest.mark.parametrize(("name", "text"), DAMAGED)
 def test_a_damaged_file_is_named(tiny, name, text):
     folder = RunFolder.of(tiny())
     with pytest.raises(KeyboardInterrupt), folder.claimed():
