@@ -5,6 +5,7 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 """
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .constraints import to_raw
-from .errors import DivergenceError
+from .errors import DivergenceError, HypertorchWarning
 from .hyperparameters import Hyperparameter
 from .snapshot import Snapshot
 from .state import State
@@ -45,7 +46,7 @@ class Safeguards:
     def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
-        self._in_a_row = 0
+        self._in_a_row, self._has_warned = 0, False
         self._is_back = False  # no loss has been seen since the last rollback
         self._first: float | None = None
         self._level = self._deviation = 0.0
@@ -180,9 +181,22 @@ class Safeguards:
                 "are back at the last good state. Check the data for NaN, start from a smaller "
                 "`lr`, or learn `lr` too, so that a rollback can lower it."
             )
+        self._warn(reason)
         if "lr" in hyperparameters:
             self._lower(hyperparameters["lr"])
         self._good = snapshot, _raws(hyperparameters)
+
+    def _warn(self, reason: Diverged) -> None:
+        """Say once that training is rolled back again and again, though it goes well in between."""
+        if self._in_a_row == 1 and self.rollbacks >= 3 and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"Training was rolled back {self.rollbacks} times, and η lowered each time; now, "
+                f"{reason}. If some batches have larger losses by nature, pass "
+                "`safeguards=Safeguards(explosion=…)`.",
+                HypertorchWarning,
+                stacklevel=7,
+            )
 
     def _lower(self, lr: Hyperparameter) -> None:
         with torch.no_grad():

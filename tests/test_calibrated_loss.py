@@ -1,5 +1,7 @@
 """E = min_β CE(β z, y) against scipy's minimum, its gradient, and what it must not depend on."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -117,3 +119,15 @@ def test_class_numbers_may_be_bytes():
 def test_what_are_not_classes_is_refused(logits, target):
     with pytest.raises(hypertorch.ArgumentError, match=r"takes .* Got "):
         calibrated_cross_entropy(logits, target)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_predictions_that_are_worse_than_none_have_the_loss_of_guessing_and_no_slope(scale):
+    """β* is 0 there, and E = log C whatever the logits: the minimum over β ≥ 0."""
+    generator = torch.Generator().manual_seed(0)
+    z = scale * torch.randn(8, 4, generator=generator, dtype=torch.float64)
+    y = z.argmin(1)
+    z.requires_grad_()
+    loss = calibrated_cross_entropy(z, y)
+    assert loss.item() == pytest.approx(math.log(4), abs=1e-12)
+    assert not torch.autograd.grad(loss, z)[0].any()

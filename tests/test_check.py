@@ -54,6 +54,19 @@ def test_it_leaves_everything_as_it_was() -> None:
     assert torch.get_default_dtype() == torch.float32
 
 
+@pytest.mark.parametrize("start", [1e-9, 1e-10, 1e-12])
+def test_a_very_small_value_agrees_as_far_as_differences_can_tell(start: float) -> None:
+    """Their ε is at most half of λ, and rounding then counts for more."""
+    optimizer, inner, outer = problem()
+    bare = torch.optim.SGD(optimizer.model.parameters(), lr=0.1, weight_decay=start)
+    small = HyperOptimizer(bare, optimizer.model, outer=None, learn="weight_decay")
+    check = check_hypergradient(small, inner, outer)
+    assert check.agrees, check
+    detached = [partial(lambda closure: closure() * closure().detach(), c) for c in inner]
+    cut = check_hypergradient(small, detached, outer)
+    assert cut.agrees == (start < 1e-10), cut  # there only rounding is seen
+
+
 def test_a_loss_that_was_cut_from_the_graph_differs_and_says_what_usually_causes_it() -> None:
     optimizer, inner, _ = problem()
     model, (x, y) = optimizer.model, inner[0].args[1:]

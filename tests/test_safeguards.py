@@ -107,6 +107,7 @@ def test_a_gradient_that_is_not_finite_under_a_finite_loss_reaches_nothing(bad):
     assert optimizer.rollbacks == 1 and all_finite(model, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:Training was rolled back")
 @pytest.mark.parametrize("rhythm", [(3, 5), (3, 3), (1, 1)], ids=str)
 @pytest.mark.parametrize("name", ["SGD", "SGD with momentum", "Adam"])
 def test_a_rate_of_a_thousand_is_brought_down_until_training_works(name, rhythm):
@@ -218,6 +219,7 @@ def test_after_repeated_failure_it_gives_up_and_says_what_to_change():
     assert not is_open(model) and all_finite(model, optimizer)
 
 
+@pytest.mark.filterwarnings("ignore:Training was rolled back")
 def test_a_good_update_makes_the_counting_start_again():
     model = network()
     optimizer = wrapped(built("SGD", model), model, safeguards=Safeguards(patience=2))

@@ -17,6 +17,7 @@ from hypertorch import (
     Displacement,
     FiniteDifferences,
     FirstOrder,
+    FixedPoint,
     Forward,
     HyperOptimizer,
     Implicit,
@@ -380,6 +381,31 @@ def test_implicit_in_closed_form_where_a_group_is_frozen(kind):
     found = hypergradient(optimizer, [loss], outer, engine)["weight_decay"]
     assert found.tolist() == pytest.approx([exact.item(), 0.0], rel=1e-5)
     assert found[1] == 0
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.5])
+def test_the_fixed_point_iteration_converges_where_a_group_is_frozen(momentum):
+    """There A is the identity, and I − Aᵀ zero: those weights are no part of the system."""
+    kind = partial(optim.SGD, momentum=momentum)
+    model, bare, loss, (hessian, b) = quadratic(kind, [0.4, 0.3], lr=0.1)
+    bare.param_groups[1]["lr"] = 0.0
+    matrix, second = hessian[:3, :3] + 0.4 * torch.eye(3).double(), model[1].detach()
+    at_rest = torch.linalg.solve(matrix, b[:3] - hessian[:3, 3:] @ second)
+    with torch.no_grad():
+        model[0].copy_(at_rest)
+    loss().backward()
+    bare.step()
+    target = torch.linspace(-1, 1, 6).double()
+
+    def outer():
+        return 0.5 * (torch.cat(list(model)) - target).square().sum()
+
+    optimizer = HyperOptimizer(bare, model, learn="weight_decay", outer=None)
+    engine = Implicit(FixedPoint(rtol=1e-12, max_steps=2000))
+    found = hypergradient(optimizer, [loss], outer, engine)["weight_decay"]
+    exact = -(at_rest - target[:3]) @ torch.linalg.solve(matrix, at_rest)
+    assert engine.last.converged and engine.last.products < 1000
+    assert found.tolist() == pytest.approx([exact.item(), 0.0], rel=1e-8)
 
 
 def test_implicit_of_adamw_in_the_coordinates_in_which_both_groups_descend():

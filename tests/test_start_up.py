@@ -189,6 +189,18 @@ def test_the_weight_decay_stays_where_it_acts_within_the_run():
         assert decay().item() == pytest.approx(bound, rel=1e-5)
 
 
+@pytest.mark.parametrize("learn", ["weight_decay", ("lr", "weight_decay")])
+@pytest.mark.parametrize("warm_up", [lambda t: 0.01 + t / 100, lambda t: t / 100])
+def test_a_warm_up_does_not_change_where_the_weight_decay_starts(learn, warm_up):
+    """λ₀ = 1 / (η · 10 · 4) by the η that the schedule multiplies."""
+    model = network()
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1.0)
+    optimizer = HyperOptimizer(bare, model, outer_loss(model), learn=learn)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, warm_up)
+    assert start_weight_decay(optimizer, 100, 4) == pytest.approx(0.25)
+    assert optimizer.hyperparameters["weight_decay"].bounds == pytest.approx((0.01, 30.0))
+
+
 @pytest.mark.parametrize("order", [1, -1])
 def test_each_group_starts_at_the_weight_decay_of_its_own_rate(order):
     """Whatever their order; a group at η = 0 has that of the largest."""

@@ -213,3 +213,69 @@ def test_within_one_batch_every_call_sees_the_batch_that_the_first_one_drew() ->
     drawn.append(loss().item())
     expected = [model(torch.full((1, 1), float(i))).item() for i in (0, 1, 1, 1, 2)]
     assert drawn == expected
+
+
+class Owner:
+    """A script that evaluates on the same loader as the outer loss."""
+
+    def __init__(self, loader):
+        self.loader = loader
+
+    def evaluate(self):
+        return [x.tolist() for x, _ in self.loader]
+
+
+def test_persistent_workers_serve_the_scripts_own_passes_and_those_of_the_loss_apart():
+    loader = numbers(num_workers=1, persistent_workers=True)
+    loss, script = ValidationLoss(Recorder(), mse, loader), Owner(loader)
+    found = []
+    for _ in range(7):
+        found += seen(loss, 1)
+        assert script.evaluate() == [[0, 1], [2, 3], [4, 5]]
+    assert found == [[0, 1], [2, 3], [4, 5]] * 2 + [[0, 1]]
+    other = copy.deepcopy(loss)
+    assert seen(other, 2) == [[2, 3], [4, 5]]
+
+
+def test_a_generator_that_others_draw_from_too_is_where_it_was_after_loading():
+    def made():
+        loader = numbers(shuffle=True, generator=torch.Generator().manual_seed(3))
+        return ValidationLoss(Recorder(), mse, loader), Owner(loader)
+
+    loss, script = made()
+    for _ in range(4):
+        loss()
+        script.evaluate()
+    state = copy.deepcopy(loss.state_dict())
+    expected = [(*seen(loss, 1), script.evaluate()) for _ in range(5)]
+    loss, script = made()
+    loss.load_state_dict(state)
+    assert [(*seen(loss, 1), script.evaluate()) for _ in range(5)] == expected
+
+
+def test_random_states_are_loaded_from_wherever_a_checkpoint_was_mapped_to():
+    """`map_location` moves them too, and generators take them from the host alone."""
+
+    class Elsewhere(torch.Tensor):
+        @property
+        def is_cpu(self):
+            return False
+
+        def cpu(self):
+            return self.as_subclass(torch.Tensor)
+
+    def moved(state):
+        if isinstance(state, torch.Tensor):
+            return state.as_subclass(Elsewhere)
+        if isinstance(state, dict):
+            return {key: moved(value) for key, value in state.items()}
+        return [moved(value) for value in state] if isinstance(state, list) else state
+
+    loader = numbers(shuffle=True, generator=torch.Generator().manual_seed(3))
+    loss = ValidationLoss(Recorder(), mse, loader)
+    seen(loss, 4)
+    state = moved(copy.deepcopy(loss.state_dict()))
+    expected = seen(loss, 3)
+    loss.load_state_dict(state)
+    assert seen(loss, 3) == expected
+    assert type(loss._random) is torch.Tensor

@@ -26,6 +26,7 @@ from support import (
 )
 from test_checkpoint import resumed
 from torch import Tensor, nn, optim
+from torch.utils.flop_counter import FlopCounterMode
 
 import hypertorch
 from hypertorch import (
@@ -186,6 +187,32 @@ def test_the_loss_of_all_data_in_place_of_the_mini_batchs():
     found = optimizer.hypergradients["weight_decay"].item()
     assert found == pytest.approx(ridge.slope(w), rel=1e-10)
     assert optimizer.cost == 1 + 1 + 2 * engine.last.products + 1
+
+
+@pytest.mark.parametrize("solver", [FixedPoint, ConjugateGradient])
+def test_the_cost_is_what_is_computed(solver):
+    """In floating-point operations of the model, of which a plain step is the unit."""
+
+    def operations(**options):
+        layers = [layer for _ in range(12) for layer in (nn.Linear(16, 16), nn.Tanh())]
+        model, inputs = nn.Sequential(*layers).double(), random(32, 16)
+        optimizer = HyperOptimizer(
+            built("SGD", model, lr=1e-3, weight_decay=1.0),
+            model,
+            lambda: mse(model(inputs), random(32, 16, seed=1)),
+            learn="weight_decay",
+            window=1,
+            update_every=1,
+            **options,
+        )
+        with FlopCounterMode(display=False) as counter, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            optimizer.step(mse(model(inputs), random(32, 16, seed=2)))
+        return counter.get_total_flops(), optimizer.cost
+
+    plain, _ = operations(outer=None)
+    made, cost = operations(engine=Implicit(solver(rtol=0, max_steps=3)))
+    assert made / plain == pytest.approx(cost, rel=0.05)
 
 
 def test_what_a_window_cost_is_not_said_of_the_next():
