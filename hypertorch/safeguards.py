@@ -33,7 +33,7 @@ class Safeguards:
     A loss explodes when it rises above its running level by more than `explosion` times that level
     (at least a tenth of the first loss) and by more than ten times its usual deviation from it. One
     that is as high at the very state rolled back to owes it to its data, or is another loss: it
-    sets a new level, and rises up to half as large again are usual from then on. On a CPU every
+    sets a new level, and rises up to three times as large are usual from then on. On a CPU every
     step is checked before it is made; on an accelerator, where a check would stall it, when the
     next window opens or closes, and the steps since are rolled back with it.
 
@@ -129,7 +129,7 @@ class Safeguards:
         if not self._first:  # none yet, or zero, which says nothing of the loss's scale
             self._first = self._level = loss
         rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
-        if rise > max(self.explosion * scale, 10 * self._deviation, 1.5 * self._usual_rise):
+        if rise > max(self.explosion * scale, 10 * self._deviation, 3 * self._usual_rise):
             if not self._is_back:
                 raise Diverged(
                     f"the inner loss rose from about {self._level:.3g} to {loss:.3g}, more than "

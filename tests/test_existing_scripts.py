@@ -274,11 +274,11 @@ def test_the_value_of_a_group_that_is_added_is_kept():
 
 
 def test_a_loss_that_is_larger_for_some_steps_at_a_time_costs_one_rollback():
-    """Five batches of every twenty are of another task, with a loss fifty times as large."""
+    """Three batches of every eighty are of another task, with a loss fifty times as large."""
     model = mlp()
     optimizer = wrapped(built("SGD", model, lr=1e-4), model, outer=STILL)
-    for t, (x, y) in enumerate(batches(100)):
-        optimizer.step(mse(model(x), y) * (50 if t % 20 >= 15 else 1))
+    for t, (x, y) in enumerate(batches(240)):
+        optimizer.step(mse(model(x), y) * (50 if t % 80 >= 77 else 1))
     assert optimizer.rollbacks == 1
     assert optimizer.hyperparameters["lr"]().item() == pytest.approx(1e-4 / 3)
 

@@ -256,17 +256,13 @@ def test_a_generator_that_others_draw_from_too_is_where_it_was_after_loading():
 def test_random_states_are_loaded_from_wherever_a_checkpoint_was_mapped_to():
     """`map_location` moves them too, and generators take them from the host alone."""
 
-    class Elsewhere(torch.Tensor):
-        @property
-        def is_cpu(self):
-            return False
-
-        def cpu(self):
-            return self.as_subclass(torch.Tensor)
+    class Elsewhere:
+        def __init__(self, tensor):
+            self.cpu = lambda: tensor
 
     def moved(state):
         if isinstance(state, torch.Tensor):
-            return state.as_subclass(Elsewhere)
+            return Elsewhere(state)
         if isinstance(state, dict):
             return {key: moved(value) for key, value in state.items()}
         return [moved(value) for value in state] if isinstance(state, list) else state
@@ -278,4 +274,3 @@ def test_random_states_are_loaded_from_wherever_a_checkpoint_was_mapped_to():
     expected = seen(loss, 3)
     loss.load_state_dict(state)
     assert seen(loss, 3) == expected
-    assert type(loss._random) is torch.Tensor
