@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.config_errors import ConfigError
 from experiments.config_values import make_folder
@@ -177,7 +178,7 @@ class RunFolder:
             return OmegaConf.create()
         try:
             return OmegaConf.load(self.config_file)
-        except yaml.YAMLError:
+        except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError):
             raise _damaged(
                 self.config_file, "Delete its folder, and the run starts again."
             ) from None

@@ -15,7 +15,7 @@ from .errors import (
     UnsupportedError,
     did_you_mean,
 )
-from .hypergradients import Engine
+from .hypergradients import Engine, FiniteDifferences
 from .hyperparameters import Hyperparameter, held_as
 from .param_groups import starting_values
 from .settings import Setting
@@ -52,6 +52,11 @@ def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine
     if engine is not None and not isinstance(engine, Engine):
         raise ArgumentTypeError(
             f"`engine` must be an engine such as Unroll(). Got {type(engine).__name__}."
+        )
+    if isinstance(engine, FiniteDifferences) and engine.entries is not None:
+        raise ArgumentError(
+            f"`FiniteDifferences(entries={engine.entries})` leaves the others out, and nothing is "
+            "learned of them. Leave `entries` to `hypergradient`."
         )
     _check_gradients_are_dense(model)
 

@@ -14,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from .errors import SolverError
+from .errors import ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import LinearSolver
 from .hypergradients.linear_system import dot, length
 from .hyperparameters import Hyperparameter
@@ -186,7 +186,11 @@ class HOAG:
         )
         self.tolerance = tolerance or quadratic()
         check_callable(self.tolerance, "tolerance")
-        self.step_rule = step_rule or Descent()
+        self.step_rule = Descent() if step_rule is None else step_rule
+        if not isinstance(self.step_rule, StepRule):
+            raise ArgumentTypeError(
+                f"`step_rule` must be one such as Descent(). Got {type(step_rule).__name__}."
+            )
         self.iterations: list[Iteration] = []
         self._tightening = 1.0  # of ε; halved by each rejection
         self._lipschitz: float | None = None  # L

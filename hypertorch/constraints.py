@@ -98,7 +98,7 @@ def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:
     """
     if not bool(torch.isfinite(value).all()):
         raise ArgumentError(f"`{name}` must be finite. Got {value.tolist()}.")
-    if constraint is simplex:
+    if isinstance(constraint, type(simplex)):
         return _inside_simplex(value, name)
     lower, upper = bounds_of(constraint)
     if bool(((value < lower) | (value > upper)).any()):
@@ -106,7 +106,28 @@ def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:
             f"`{name}` lies outside its set. Got {value.tolist()}, "
             f"expected values between {lower:g} and {upper:g}."
         )
-    return _clamped(value, lower, upper)
+    found = _clamped(value, lower, upper)
+    if not bool(constraint.check(found).all()):
+        raise ArgumentError(f"`{name}` lies outside its set, {constraint}. Got {value.tolist()}.")
+    return found
+
+
+def raw_ends(bounds: tuple[float, float], constraint: Constraint, name: str) -> tuple[float, ...]:
+    """Return what ρ lies between where each number of λ lies between `bounds`.
+
+    Raises:
+        ArgumentError: they reach beyond Λ, or there is no such box.
+    """
+    if not is_elementwise(constraint):
+        raise ArgumentError(f"`{name}` takes no `bounds`: its numbers do not move one by one.")
+    ends = [to_raw(torch.tensor(b, dtype=torch.float64), constraint).item() for b in bounds]
+    if any(map(math.isnan, ends)):
+        lower, upper = bounds_of(constraint)
+        raise ArgumentError(
+            f"`bounds` of `{name}` reach beyond its set. Got {bounds}, and it lies between "
+            f"{lower:g} and {upper:g}."
+        )
+    return min(ends), max(ends)
 
 
 def _clamped(value: Tensor, lower: float, upper: float) -> Tensor:

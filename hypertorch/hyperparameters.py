@@ -13,6 +13,7 @@ from .constraints import (
     is_elementwise,
     just_inside,
     pulled_back,
+    raw_ends,
     real,
     to_raw,
     to_value,
@@ -73,11 +74,8 @@ class Hyperparameter:
         """Let outer updates keep λ inside `bounds` from now on."""
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ArgumentError(f"`bounds` of `{self.name}` must be ordered. Got {bounds}.")
-        self.bounds = bounds
-        self._raw_bounds = [
-            to_raw(torch.tensor(b, dtype=torch.float64), self.constraint).item()
-            for b in bounds or ()
-        ]
+        ends = raw_ends(bounds, self.constraint, self.name) if bounds is not None else ()
+        self.bounds, self._raw_bounds = bounds, ends
 
     def set(self, value: Tensor) -> None:
         """Let λ be `value`, in its own units; ρ follows."""
@@ -89,7 +87,8 @@ class Hyperparameter:
                 HypertorchWarning,
                 stacklevel=2,
             )
-        self.raw = to_raw(inside, self.constraint).clone().requires_grad_()
+        raw = to_raw(inside, self.constraint).clone(memory_format=torch.contiguous_format)
+        self.raw = raw.requires_grad_()
         self.refresh()
 
     @torch.no_grad()

@@ -72,10 +72,15 @@ class InnerLoss:
         self.has_gradients = bool(seen)
 
     def is_left_out(self) -> bool:
-        """Whether the closure has neither a loss nor a gradient: a trainer skips its batch."""
+        """Whether the closure has neither a loss nor a gradient: a trainer skips its batch.
+
+        Gradients that were there before are stepped along, as by the bare optimizer.
+        """
         self._call()
-        has_none = self.closure is not None and self.loss is None and not self.has_gradients
-        return has_none and all(p.grad is None for p in self.params)
+        if self.closure is None or self.loss is not None or self.has_gradients:
+            return False
+        self.has_gradients = any(p.grad is not None for p in self.params)
+        return not self.has_gradients
 
     def backward(self) -> None:
         """See that the weights' `.grad` holds the gradient of this loss, and of nothing else."""

@@ -41,13 +41,18 @@ def explain(error: RuntimeError) -> NoReturn:
     """Raise a step's error again, or say what to do about what torch says in its own words.
 
     Raises:
-        WindowError: the loss's graph was used up.
+        WindowError: the loss's graph was used up or written to.
         UnsupportedError: it cannot be differentiated twice.
     """
     if "derivative for" in str(error):
         raise UnsupportedError(
             f"An operation that the loss uses has no second derivative: {error} Call "
             "`loss.backward(); step()` with `engine=FirstOrder()`, which needs none."
+        ) from error
+    if "modified by an inplace operation" in str(error):
+        raise WindowError(
+            f"The loss cannot be differentiated any more: {error} A weight may have been written "
+            "to, or the window closed, between the loss and its step. Do so after the step."
         ) from error
     if "backward through the graph a second time" not in str(error):
         raise error

@@ -5,6 +5,7 @@
 How λ then moves is not its business.
 """
 
+import math
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -98,8 +99,16 @@ class NestedProblem:
         self.hyperparameters = _by_name(hyperparameters)
         for h in self.hyperparameters.values():
             h.to(self.inner.params[0].device, self.inner.params[0].dtype)
-        self.inner_solver = inner_solver or Minimizer()
-        self.linear_solver = linear_solver or ConjugateGradient()
+        self.inner_solver = Minimizer() if inner_solver is None else inner_solver
+        check_callable(self.inner_solver, "inner_solver")
+        self.linear_solver = ConjugateGradient() if linear_solver is None else linear_solver
+        if not isinstance(self.linear_solver, LinearSolver):
+            raise ArgumentTypeError(
+                "`linear_solver` must be one such as ConjugateGradient(). "
+                f"Got {type(linear_solver).__name__}."
+            )
+        if scale is not None and not 0 < scale < math.inf:
+            raise ArgumentError(f"`scale` must be a number above 0. Got {scale!r}.")
         if isinstance(self.linear_solver, Lanczos):
             raise UnsupportedError(
                 "`HOAG` cannot use `Lanczos`: it returns an estimate of |H|⁻¹ ∂_w E, and not the v "

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .entries import MANY
-from .errors import ArgumentError
+from .errors import ArgumentError, UnsupportedError
 from .wrapper import hooked
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -67,6 +67,12 @@ class GatedSign(torch.optim.Optimizer):
                 "`max_step` of GatedSign must be a number, or one for each hyperparameter. "
                 f"Got {len(max_step)} for {len(params)}."
             )
+        steps = [max_step] if isinstance(max_step, (int, float)) else max_step
+        if not all(step > 0 for step in steps) or not 0 <= decay < 1:
+            raise ArgumentError(
+                "GatedSign needs a `max_step` above 0, and a `decay` of at least 0 and below 1. "
+                f"Got {max_step} and {decay}."
+            )
         super().__init__(params, {"max_step": max_step, "decay": decay})
 
     @hooked
@@ -112,6 +118,21 @@ class GatedSign(torch.optim.Optimizer):
         if not state:
             state.update({name: torch.zeros_like(raw) for name in names})
         return [state[name] for name in names]
+
+
+def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer:
+    """Return the outer rule for these ρ.
+
+    Raises:
+        UnsupportedError: it is one that cannot step along a gradient alone.
+    """
+    rule = factory(raws)
+    if isinstance(rule, torch.optim.LBFGS):
+        raise UnsupportedError(
+            "`outer` cannot be LBFGS, which evaluates E again within a step. Use "
+            "functools.partial(torch.optim.Adam, lr=0.05); or `HOAG`, for a problem at rest."
+        )
+    return rule
 
 
 def takes_sparse(rule: torch.optim.Optimizer) -> bool:

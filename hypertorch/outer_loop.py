@@ -22,7 +22,7 @@ from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, 
 from .hyperparameters import Hyperparameter
 from .inner_loss import WRITTEN_TO, checked_outer, guarded
 from .loss_graph import check_references
-from .outer import OuterFactory, takes_sparse
+from .outer import OuterFactory, new_rule, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
 from .settings import Setting
@@ -101,7 +101,7 @@ class OuterLoop:
         return Training(self.optimizer, slots, dynamics, self.hyperparameters, is_contiguous)
 
     def _new_rule(self) -> torch.optim.Optimizer:
-        return self._factory([h.raw for h in self.hyperparameters.values()])
+        return new_rule(self._factory, [h.raw for h in self.hyperparameters.values()])
 
     @property
     def is_window_due(self) -> bool:
@@ -143,7 +143,7 @@ class OuterLoop:
         self._age = 0
         before, buffers = self._before
         if before != versions(params_of(self.optimizer)):
-            buffers, self._carried = ModuleBuffers(self.model), None
+            buffers = ModuleBuffers(self.model)
         return self.safeguards.remember(self.optimizer, buffers, self.hyperparameters)
 
     def window_step(self, step: TrainingStep) -> None:

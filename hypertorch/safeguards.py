@@ -33,9 +33,9 @@ class Safeguards:
     A loss explodes when it rises above its running level by more than `explosion` times that level
     (at least a tenth of the first loss) and by more than ten times its usual deviation from it. One
     that is as high at the very state rolled back to owes it to its data, or is another loss: it
-    sets a new level, and rises up to three times as large are usual from then on. On a CPU every
-    step is checked before it is made; on an accelerator, where a check would stall it, when the
-    next window opens or closes, and the steps since are rolled back with it.
+    sets a new level, and rises like it, up to three times as large, pass for some hundred steps. On
+    a CPU every step is checked before it is made; on an accelerator, where a check would stall it,
+    when the next window opens or closes, and the steps since are rolled back with it.
 
     Args:
         explosion: how many levels above its level a loss may rise.
@@ -50,7 +50,7 @@ class Safeguards:
         self._is_back = False  # no loss has been seen since the last rollback
         self._first: float | None = None
         self._level = self._deviation = 0.0
-        self._usual_rise = 0.0  # the largest that its data were found to be the cause of
+        self._usual = 0.0  # levels that a loss lately rose by for no fault of the weights
         self._pending: list[tuple[Tensor, bool]] = []
         self._good: _Remembered | None = None
         self._candidate: _Remembered | None = None
@@ -129,13 +129,15 @@ class Safeguards:
         if not self._first:  # none yet, or zero, which says nothing of the loss's scale
             self._first = self._level = loss
         rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
-        if rise > max(self.explosion * scale, 10 * self._deviation, 3 * self._usual_rise):
+        levels = max(self.explosion, 3 * self._usual)
+        self._usual *= 0.995
+        if rise > max(levels * scale, 10 * self._deviation):
             if not self._is_back:
                 raise Diverged(
                     f"the inner loss rose from about {self._level:.3g} to {loss:.3g}, more than "
                     f"`Safeguards(explosion={self.explosion:g})` allows"
                 )
-            self._usual_rise, self._level, rise = rise, loss, 0.0
+            self._usual, self._level, rise = rise / scale, loss, 0.0
         self._is_back = False
         self._level += 0.1 * rise
         self._deviation += 0.1 * (abs(rise) - self._deviation)
@@ -191,9 +193,8 @@ class Safeguards:
         if self._in_a_row == 1 and self.rollbacks >= 3 and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"Training was rolled back {self.rollbacks} times, and η lowered each time; now, "
-                f"{reason}. If some batches have larger losses by nature, pass "
-                "`safeguards=Safeguards(explosion=…)`.",
+                f"Training was rolled back {self.rollbacks} times so far; now, {reason}. Each time "
+                "costs the steps since the last window began, and divides an η that is learned.",
                 HypertorchWarning,
                 stacklevel=7,
             )
@@ -212,7 +213,7 @@ class Safeguards:
             "first": self._first,
             "level": self._level,
             "deviation": self._deviation,
-            "usual_rise": self._usual_rise,
+            "usual": self._usual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -220,7 +221,7 @@ class Safeguards:
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
-        self._usual_rise = state.get("usual_rise", 0.0)
+        self._usual = state.get("usual", 0.0)
         self._pending.clear()
         self.forget()
 

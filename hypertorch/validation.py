@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from .errors import ArgumentError, ArgumentTypeError
 from .surroundings import leaving_no_trace
@@ -127,7 +128,7 @@ class ValidationLoss:
         """Go on where `state_dict` was taken: the pass is started again and skipped along."""
         with leaving_no_trace(self.model):
             self._replay(state["position"], state["pass_start"])
-        self._set_generators(state["generators"])  # others may draw from them too
+        self._set_generators(state.get("generators", []))  # others may draw from them too
         self._random = state["random"].cpu()
 
     def _replay(self, position: int, pass_start: dict[str, Any]) -> None:
@@ -141,7 +142,7 @@ class ValidationLoss:
         self._position, self._pass_start = position, dict(pass_start)
 
     def _set_generators(self, states: list[Tensor]) -> None:
-        for generator, state in zip(generators_of(self.loader), states, strict=True):
+        for generator, state in zip(generators_of(self.loader), states, strict=bool(states)):
             generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:
@@ -172,7 +173,7 @@ def with_own_iterator(loader: Any) -> Any:
 
     A `DataLoader` with persistent workers has one iterator for all, which each pass starts anew.
     """
-    if getattr(loader, "persistent_workers", False):
+    if isinstance(loader, DataLoader) and loader.persistent_workers:
         loader = copy(loader)
         loader._iterator = None
     return loader

@@ -65,8 +65,10 @@ class OptimizerWrapper(torch.optim.Optimizer):
 
     @property
     def state(self) -> Any:
-        """The wrapped optimizer's buffers; an open window ends where somebody looks at them."""
-        self.close()
+        """The wrapped optimizer's buffers, as of the start of an open window: call `close` before.
+
+        Where it is replaced, an open window is closed.
+        """
         return self.optimizer.state
 
     @state.setter

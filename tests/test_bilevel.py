@@ -724,6 +724,10 @@ def bad_arguments():
         "no outer closure": (good | {"outer_loss": outer()}, "`outer_loss` must be callable"),
         "no inner closure": (good | {"inner_loss": inner()}, "`inner_loss` must be callable"),
         "no schedule": (good | {"tolerance": 1e-3}, "`tolerance` must be callable"),
+        "no solver": (good | {"inner_solver": 3}, "`inner_solver` must be callable"),
+        "no linear solver": (good | {"linear_solver": "cg"}, "`linear_solver` must be one such"),
+        "no step rule": (good | {"step_rule": "descent"}, "`step_rule` must be one such"),
+        "no scale": (good | {"scale": 0.0}, r"`scale` must be a number above 0\. Got 0.0"),
         "no leaves": (good | {"params": [2 * w]}, "`params` must be leaf tensors"),
     }
 

@@ -1,5 +1,7 @@
 """Λ and the bijection onto it: closed forms, round trips, and what happens on the boundary."""
 
+import copy
+
 import pytest
 import torch
 from torch import Tensor
@@ -104,3 +106,55 @@ def test_a_value_outside_is_refused_and_never_moved_in(constraint, value):
 @pytest.mark.parametrize("value", [[0.5, 0.6], [-0.1, 1.1], [0.0, 0.0]])
 def test_a_point_off_the_simplex_is_refused(value):
     assert "lies outside the simplex" in rejects(torch.tensor(value, **f64), simplex)
+
+
+C = torch.distributions.constraints
+
+
+@pytest.mark.parametrize(
+    ("constraint", "start", "bounds"),
+    [
+        (C.less_than(0.0), -0.5, (-1.0, -0.1)),
+        (C.less_than(1.0), 0.5, (0.0, 0.9)),
+        (C.greater_than(-1.0), 0.5, (-0.5, 2.0)),
+        (interval(-2.0, 6.0), 0.5, (-1.0, 1.0)),
+        (positive, 0.5, (0.1, 1.0)),
+    ],
+)
+def test_bounds_hold_whichever_way_the_bijection_runs(constraint, start, bounds):
+    h = hypertorch.Hyperparameter(start, constraint, bounds=bounds)
+    h.clamp_()
+    assert h().item() == pytest.approx(start)
+    for raw in (-20.0, 20.0):
+        h.raw.data.fill_(raw)
+        h.clamp_()
+        assert any(h().item() == pytest.approx(end, rel=1e-5, abs=1e-6) for end in bounds)
+        assert h.moved(0.0).item() == pytest.approx(h().item())
+
+
+@pytest.mark.parametrize(
+    ("constraint", "start", "bounds"),
+    [(positive, 0.5, (-1.0, 1.0)), (C.greater_than(-1.0), 0.5, (-2.0, 1.0))],
+)
+def test_bounds_that_reach_beyond_the_set_are_refused(constraint, start, bounds):
+    with pytest.raises(hypertorch.ArgumentError, match=r"`bounds` of `.*` reach beyond its set"):
+        hypertorch.Hyperparameter(start, constraint, bounds=bounds)
+
+
+def test_a_simplex_takes_no_bounds():
+    with pytest.raises(hypertorch.ArgumentError, match="takes no `bounds`"):
+        hypertorch.Hyperparameter([0.5, 0.5], simplex, bounds=(0.1, 0.9))
+
+
+@pytest.mark.parametrize(
+    ("constraint", "value"),
+    [
+        (C.stack([C.positive, C.unit_interval]), [-1.5, 1.2]),
+        (C.cat([C.positive, C.unit_interval], lengths=[1, 1]), [0.5, 1.2]),
+        (copy.deepcopy(simplex), [0.9, 0.9]),
+    ],
+    ids=["stack", "cat", "a copied simplex"],
+)
+def test_a_value_outside_a_set_without_ends_is_refused_too(constraint, value):
+    with pytest.raises(hypertorch.ArgumentError, match="lies outside"):
+        just_inside(torch.tensor(value), constraint, "mix")

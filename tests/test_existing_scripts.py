@@ -131,31 +131,40 @@ def test_autocast_does_not_hide_the_step_from_the_outer_loss():
     assert optimizer.outer_loss_value.item() == now.item()
 
 
-def test_averages_start_afresh_where_weights_were_loaded_between_windows():
-    options = {"engine": hypertorch.FirstOrder(0.9), "window": 3, "update_every": 3}
-    model, data = mlp(), batches(6)
-    optimizer = wrapped(built("SGD", model), model, outer=STILL, **options)
-    best = copy.deepcopy(model.state_dict())
-    best = {name: 3 * value for name, value in best.items()}
-    train_plainly(model, optimizer, data[:3])
-    model.load_state_dict(best)
-    train_plainly(model, optimizer, data[3:])
-    twin = mlp()
-    other = wrapped(built("SGD", twin), twin, outer=STILL, **options)
-    other.outer_loss()  # its first batch
-    twin.load_state_dict(best)
-    train_plainly(twin, other, data[3:])
-    assert_identical(optimizer.hypergradients, other.hypergradients)
+@pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.FirstOrder(0.9)], ids=repr)
+def test_who_reads_the_buffers_after_each_step_changes_nothing(engine):
+    found = []
+    for is_read in (False, True):
+        model = mlp()
+        optimizer = wrapped(built("SGD with momentum", model), model, engine=engine)
+        for x, y in batches(12):
+            loss = mse(model(x), y)
+            if is_read:
+                list(optimizer.state.values())
+            optimizer.step(loss)
+        found.append((weights(model), optimizer.hypergradients))
+    assert_identical(*found)
+
+
+def test_a_write_between_a_loss_and_its_step_says_so():
+    model, (x, y) = mlp(), batches(1)[0]
+    optimizer = wrapped(built("SGD", model), model)
+    train(model, optimizer, [(x, y)])
+    loss = mse(model(x), y)
+    optimizer.close()
+    with pytest.raises(hypertorch.WindowError, match="written to, or the window closed, between"):
+        optimizer.step(loss)
 
 
 @pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.OneStep()], ids=repr)
 @pytest.mark.parametrize("inside", [1, 2, 4])
-@pytest.mark.parametrize("how", ["a new dict", "in place"])
+@pytest.mark.parametrize("how", ["a new dict", "in place, once the window is closed"])
 def test_buffers_that_are_reset_stay_so_at_any_step(engine, inside, how):
     def reset(optimizer):
         if how == "a new dict":
             optimizer.state = defaultdict(dict)
         else:
+            getattr(optimizer, "close", lambda: None)()
             for state in optimizer.state.values():
                 state["momentum_buffer"].zero_()
 
@@ -229,6 +238,11 @@ def test_a_closure_that_leaves_its_batch_out_makes_no_step(engine, outer):
             optimizer.step(functools.partial(lambda m, x, y: mse(m(x), y), m, x, y))
     assert_identical(weights(model), weights(twin))
     assert pair[0].cost == pair[1].cost
+    pair[0].zero_grad(set_to_none=False)  # as by the bare one: a step along zeros
+    pair[0].step(lambda: None)
+    pair[1].zero_grad(set_to_none=False)
+    pair[1].optimizer.step()
+    assert_identical(weights(model), weights(twin))
 
 
 def test_a_loss_without_second_derivatives_is_refused_in_our_words():
@@ -277,7 +291,8 @@ def test_a_loss_that_is_larger_for_some_steps_at_a_time_costs_one_rollback():
     """Three batches of every eighty are of another task, with a loss fifty times as large."""
     model = mlp()
     optimizer = wrapped(built("SGD", model, lr=1e-4), model, outer=STILL)
-    for t, (x, y) in enumerate(batches(240)):
+    x, y = batches(1)[0]
+    for t in range(240):
         optimizer.step(mse(model(x), y) * (50 if t % 80 >= 77 else 1))
     assert optimizer.rollbacks == 1
     assert optimizer.hyperparameters["lr"]().item() == pytest.approx(1e-4 / 3)

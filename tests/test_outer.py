@@ -6,9 +6,15 @@ from functools import partial
 
 import pytest
 import torch
-from support import assert_identical, batches, built, learned, mlp, network, train, wrapped
+from support import assert_identical, batches, built, learned, mlp, mse, network, train, wrapped
 
-from hypertorch import ArgumentError, GatedSign
+from hypertorch import (
+    ArgumentError,
+    FiniteDifferences,
+    GatedSign,
+    Hyperparameter,
+    UnsupportedError,
+)
 
 
 def by_definition(history, max_step, decay):
@@ -206,3 +212,36 @@ def test_several_move_as_each_would_alone():
     for rho, twin in zip(joint, alone, strict=True):
         torch.testing.assert_close(rho, twin, rtol=1e-6, atol=1e-7)
         assert rho.detach().abs().max() > 0.1
+
+
+@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"max_step": 0.0}])
+def test_numbers_of_the_gated_sign_that_cannot_work_are_refused(options):
+    with pytest.raises(ArgumentError, match="needs a `max_step` above 0, and a `decay` of"):
+        GatedSign([torch.zeros(1, requires_grad=True)], **options)
+
+
+def test_a_rule_that_evaluates_again_is_refused_at_once():
+    model = mlp()
+    with pytest.raises(UnsupportedError, match="`outer` cannot be LBFGS"):
+        wrapped(built("SGD", model), model, outer=torch.optim.LBFGS)
+
+
+def test_differences_of_some_entries_alone_learn_nothing_and_are_refused():
+    model = mlp()
+    with pytest.raises(ArgumentError, match=r"`FiniteDifferences\(entries=1\)` leaves the others"):
+        wrapped(built("SGD", model), model, engine=FiniteDifferences(entries=1))
+
+
+@pytest.mark.parametrize("rows", [3, 2000])
+def test_numbers_may_lie_in_any_order_in_memory(rows):
+    """A transposed start, of few numbers and of so many that only some are moved."""
+    model, found = mlp(), []
+    for start in (torch.zeros(rows, 10).t(), torch.zeros(10, rows)):
+        twin = copy.deepcopy(model)
+        shift = Hyperparameter(start.double(), name="shift")
+        optimizer = wrapped(built("SGD", twin), twin, learn=[shift])
+        for x, y in batches(5):
+            optimizer.step(mse(twin(x), y) * (1 + 1e-6 * shift().sum() + 0.1 * shift()[3, 2]))
+        found.append(shift().detach())
+    assert found[0].any()
+    assert_identical(*found)

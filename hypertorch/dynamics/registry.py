@@ -91,7 +91,8 @@ def register_dynamics(
     """Teach hypertorch, and `higher`, the Φ of an optimizer class.
 
     Args:
-        optimizer_type: the class; subclasses are not included, since they may step differently.
+        optimizer_type: the class; subclasses are not included, since they may step differently. Its
+            param groups have an `lr`.
         update: Φ, pure: `(param, grad, buffers, **settings) -> (new_param, new_buffers)`. `buffers`
             holds the optimizer's state of that parameter under torch's own keys, and is empty at
             the first step; a learned setting arrives as a tensor, a fixed one as a float.

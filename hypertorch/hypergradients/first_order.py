@@ -43,7 +43,8 @@ class FirstOrder(Engine):
     `update_every`) w̄ and t go on from one to the next; z̄ starts at zero in each, as z does, since
     the weights and averages that a window starts from count as constants. Elsewhere an engine does
     not see the steps in between, and the average is over the window's own weights. It starts afresh
-    after a rollback. Module buffers (BatchNorm's statistics) stay those of the last weights.
+    after a rollback; weights that somebody loads between two windows count as a step. Module
+    buffers (BatchNorm's statistics) stay those of the last weights.
 
     Args:
         average: β, at least 0 and below 1; `None` takes E at the last weights.
