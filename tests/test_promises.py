@@ -418,3 +418,31 @@ def test_everything_that_a_plain_step_touches_is_what_the_bare_step_touches():
     after, expected = everything(model, optimizer.optimizer), everything(twin, other)
     for part in ("model", "grads", "state"):
         assert_identical(after[part], expected[part], part)
+
+
+OPEN = [
+    *(hypertorch.Unroll(), hypertorch.OneStep(), hypertorch.Forward(), hypertorch.Replay()),
+    *(hypertorch.Replay(spacing=None), hypertorch.Evolution(), hypertorch.FiniteDifferences()),
+    *(hypertorch.FirstOrder(), hypertorch.Implicit()),
+]
+
+
+@pytest.mark.parametrize("engine", OPEN, ids=repr)
+def test_an_optimizer_that_is_dropped_with_its_window_open_hands_everything_back(engine):
+    """Also where an engine goes on: it keeps nothing of the optimizer."""
+    flash = torch.backends.cuda.flash_sdp_enabled()
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, engine=engine, learn="weight_decay")
+    x, y = batches(1)[0]
+
+    def loss():
+        return mse(model(x), y)
+
+    optimizer.step(loss if engine.needs == "closure" else loss())
+    assert optimizer._loop.is_window_open
+    gone = weakref.ref(optimizer)
+    del optimizer
+    gc.collect()
+    assert gone() is None
+    assert torch.backends.cuda.flash_sdp_enabled() == flash
+    assert not is_open(model)

@@ -5,7 +5,7 @@ computed again from the start of the window. The live weights are not written to
 made again has weights of its own, in the model's slots.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -33,8 +33,10 @@ class Moment:
 
 @dataclass(frozen=True)
 class _Made:
+    """A step: not the `TrainingStep`, which holds the optimizer, and would keep it for ever."""
+
     transition: Transition
-    step: TrainingStep
+    closure: Callable[[], Tensor]
     randomness: TorchRandomState
     loss: Tensor
 
@@ -74,7 +76,8 @@ class Recording:
         loss = step.evaluate()
         grads = gradients(loss, self.training.slots.params)
         step.make(grads)
-        self._made.append(_Made(step.transition, step, randomness, loss.detach()))
+        assert step.closure is not None
+        self._made.append(_Made(step.transition, step.closure, randomness, loss.detach()))
 
     def transition(self, t: int) -> Transition:
         """Return Φ of step number `t`."""
@@ -84,9 +87,7 @@ class Recording:
         """Compute the inner loss of step `t` at other weights, with the step's random numbers."""
         self._made[t].randomness.restore()
         self.training.slots.fill(params)
-        closure = self._made[t].step.closure
-        assert closure is not None
-        return closure()
+        return self._made[t].closure()
 
     def again(self, t: int, state: State) -> tuple[State, Tensor]:
         """Make step `t` from `state`, at the hyperparameters' present values.
