@@ -43,7 +43,7 @@ class Hyperparameter:
     window of `Unroll` no more than its rows do, where `rows` is a tensor of int64.
 
     Raises:
-        ArgumentError: `value` lies outside `constraint`, or `bounds` are not ordered.
+        ArgumentError: `value` or `bounds` lie outside `constraint`, or `bounds` are not ordered.
         ArgumentTypeError: `value` is not made of numbers.
 
     Example:
