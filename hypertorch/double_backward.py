@@ -95,10 +95,15 @@ def check_second_derivatives(loss: Callable[[], Tensor], model: nn.Module) -> No
     except UnsupportedError:
         raise
     except Exception as error:
-        if "derivative for" in str(error):
-            raise UnsupportedError(
-                f"An operation that the loss uses has no second derivative: {error}"
-            ) from error
+        if said := missing_derivative(error):
+            raise UnsupportedError(said) from error
+
+
+def missing_derivative(error: Exception) -> str:
+    """Return what to say if torch could not differentiate an operation twice; else nothing."""
+    if "derivative for" not in str(error):
+        return ""
+    return f"An operation that the loss uses has no second derivative: {error}"
 
 
 def _math_attention() -> AbstractContextManager[None]:

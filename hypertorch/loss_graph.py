@@ -5,6 +5,7 @@ from typing import NoReturn
 
 from torch import Tensor
 
+from .double_backward import missing_derivative
 from .errors import UnsupportedError, WindowError
 
 
@@ -44,10 +45,9 @@ def explain(error: RuntimeError) -> NoReturn:
         WindowError: the loss's graph was used up or written to.
         UnsupportedError: it cannot be differentiated twice.
     """
-    if "derivative for" in str(error):
+    if said := missing_derivative(error):
         raise UnsupportedError(
-            f"An operation that the loss uses has no second derivative: {error} Call "
-            "`loss.backward(); step()` with `engine=FirstOrder()`, which needs none."
+            f"{said} Call `loss.backward(); step()` with `engine=FirstOrder()`, which needs none."
         ) from error
     if "modified by an inplace operation" in str(error):
         raise WindowError(

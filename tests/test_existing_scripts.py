@@ -156,11 +156,28 @@ def test_a_write_between_a_loss_and_its_step_says_so():
         optimizer.step(loss)
 
 
+def assert_trains_as_bare(engine, count, inside, act, finish):
+    """Train with the bare optimizer and with a wrapped one, and `act` on each after some steps."""
+    found, data = [], batches(count)
+    for wrap in (False, True):
+        model = mlp()
+        bare = built("SGD with momentum", model)
+        optimizer = wrapped(bare, model, engine=engine, outer=STILL) if wrap else bare
+        run = train if wrap else train_plainly
+        run(model, optimizer, data[:inside])
+        act(model, optimizer)
+        run(model, optimizer, data[inside:])
+        if wrap:
+            finish(optimizer)
+        found.append(weights(model))
+    assert_close(found[1], found[0])
+
+
 @pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.OneStep()], ids=repr)
 @pytest.mark.parametrize("inside", [1, 2, 4])
 @pytest.mark.parametrize("how", ["a new dict", "in place, once the window is closed"])
 def test_buffers_that_are_reset_stay_so_at_any_step(engine, inside, how):
-    def reset(optimizer):
+    def reset(model, optimizer):
         if how == "a new dict":
             optimizer.state = defaultdict(dict)
         else:
@@ -168,42 +185,25 @@ def test_buffers_that_are_reset_stay_so_at_any_step(engine, inside, how):
             for state in optimizer.state.values():
                 state["momentum_buffer"].zero_()
 
-    data, found = batches(10), []
-    for wrap in (False, True):
-        model = mlp()
-        bare = built("SGD with momentum", model)
-        optimizer = wrapped(bare, model, engine=engine, outer=STILL) if wrap else bare
-        run = train if wrap else train_plainly
-        run(model, optimizer, data[:inside])
-        reset(optimizer)
-        run(model, optimizer, data[inside:])
-        if wrap:
-            optimizer.close()
-        found.append(weights(model))
-    assert_close(found[1], found[0])
+    assert_trains_as_bare(engine, 10, inside, reset, hypertorch.HyperOptimizer.close)
 
 
 @pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.FirstOrder()], ids=repr)
 @pytest.mark.parametrize("inside", [1, 4])
 def test_a_head_may_be_replaced(engine, inside):
     """With the bare optimizer, the old head's parameters stay in their group without gradients."""
-    found, data = [], batches(16)
-    for wrap in (False, True):
-        model = mlp()
-        bare = built("SGD with momentum", model)
-        optimizer = wrapped(bare, model, engine=engine, outer=STILL) if wrap else bare
-        run = train if wrap else train_plainly
-        run(model, optimizer, data[:inside])
+
+    def replace_head(model, optimizer):
         torch.manual_seed(3)
         model[2] = nn.Linear(5, 2).double()
         optimizer.add_param_group({"params": list(model[2].parameters())})
-        run(model, optimizer, data[inside:])
-        if wrap:
-            copy.deepcopy(optimizer)
-            optimizer.load_state_dict(optimizer.state_dict())
-            assert optimizer.hypergradients["lr"].shape == (2,)
-        found.append(weights(model))
-    assert_close(found[1], found[0])
+
+    def finish(optimizer):
+        copy.deepcopy(optimizer)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert optimizer.hypergradients["lr"].shape == (2,)
+
+    assert_trains_as_bare(engine, 16, inside, replace_head, finish)
 
 
 def test_a_model_without_the_optimizers_parameters_is_still_refused():

@@ -134,6 +134,15 @@ def test_a_damaged_file_is_named(tiny, name, text):
         run(tiny(), progress=False)
 
 
+def test_a_configuration_that_is_no_text_is_named(tiny):
+    folder = RunFolder.of(tiny())
+    with pytest.raises(KeyboardInterrupt), folder.claimed():
+        raise KeyboardInterrupt
+    folder.config_file.write_bytes(b"\xff\xfe\x00a")
+    with pytest.raises(ConfigError, match=r"config.yaml` is damaged\. Delete"):
+        run(tiny(), progress=False)
+
+
 def test_a_summary_is_written_all_or_nothing(tiny, monkeypatch):
     folder = RunFolder.of(tiny())
     with folder.claimed():
