@@ -271,4 +271,7 @@ def _curves(axes: Any, colours: Mapping[str, str], points: Sequence[Point], x: s
         xs, ys = [getattr(p, x) for p in own], [getattr(p, y) for p in own]
         axes.plot(xs, ys, style, color=colours[engine], marker="o", markersize=4, label=engine)
     axes.set(xscale="log", yscale="log")
+    if y == "ratio":  # less than a decade: plain numbers, at the ticks between too
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter("{x:g}")
     axes.grid(alpha=0.3, which="both")
