@@ -32,6 +32,7 @@ from .kept_batches import BatchLosses, Criterion, examples, first_batches
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .param_groups import restore_groups
+from .safeguards import Probation
 from .start_up import search_lr, start_weight_decay
 from .surroundings import leaving_no_trace
 from .validation import Batch, ValidationLoss, check_loader, length_of
@@ -39,6 +40,9 @@ from .validation import Batch, ValidationLoss, check_loader, length_of
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
 #: a momentum of 0.9 makes of η.
 TRIAL_STEPS, TRIAL_EXAMPLES = 10, 150
+#: Steps after which a run is looked at, the training batches for that, and by what factor their
+#: loss may then be above that of no training: ten steps do not tell every η that is too large.
+PROBATION, PROBATION_BATCHES, HARMED = (20, 40, 90), 3, 1.2
 #: β of the averaged weights, and the steps of a window: they remember ten of its sixty.
 AVERAGE, WINDOW = 0.9, 60
 #: What trials and updates may cost together, as a share of plain training; what an update costs,
@@ -72,6 +76,10 @@ def from_any_start(
 
     An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
     period: in its first steps a run says little of where it will rest.
+
+    A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow up
+    after twenty steps. After 20, 40 and 90 steps the run is looked at. If the loss of three training
+    batches is by then a fifth above that of no training, it goes back to its start with η / 3.
 
     Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after ten
     steps the running ones are not yet those of the data. One that raises the criterion is judged by
@@ -107,7 +115,7 @@ def from_any_start(
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
             an operation of the loss has no second derivative.
 
-    Cost: about four trials of ten steps, once; from then on, for every 100 steps or more, a
+    Cost: about four trials of ten steps and four looks of one, once; from then on, for every 100 steps or more, a
     gradient of E, one of the loss and four Hessian-vector products: 10 training steps. Together
     15 % of a run of 700 steps or more, and up to 18 % of one of 500, by the size of validation
     batches; of a shorter one more, for two updates from 180 steps on.
@@ -154,10 +162,13 @@ def from_any_start(
         if loop is None:
             raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
         loop.overhead += cost
+        loop.safeguards.probation = probation = _probation(inner)
+        loop.overhead += probation.cost
         _search(wrapped, inner, BatchLosses(model, judged, judges))
         start_weight_decay(wrapped, steps, length_of(train_loader))
     is_free = not {"engine", "update_every"} & set(options)
-    every = _period(steps, wrapped.cost) if is_free else loop.update_every
+    spent = wrapped.cost + len(PROBATION) * probation.cost
+    every = _period(steps, spent) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
     if loop.update_every > steps:
         warnings.warn(
@@ -167,6 +178,15 @@ def from_any_start(
         )
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
+
+
+@torch.no_grad()
+def _probation(inner: BatchLosses) -> Probation:
+    """Return what the first steps must lead to: a training loss not far above that of none."""
+    few = BatchLosses(inner.model, inner.criterion, inner.batches[:PROBATION_BATCHES])
+    before = few.mean()
+    limit = (before + (HARMED - 1) * before.abs()).item()
+    return Probation(few.mean, limit, PROBATION, cost=len(few.batches) / 3)
 
 
 def _search(wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses) -> None:
@@ -231,7 +251,7 @@ def _at_first(
         return torch.stack([criterion(z, y), outer_criterion(z, y)])
 
     try:
-        with leaving_no_trace(model), torch.no_grad():
+        with torch.no_grad():
             before, outer = BatchLosses(model, both, judges).mean()
     except ArgumentError as error:
         raise ArgumentError(

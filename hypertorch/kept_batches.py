@@ -74,8 +74,13 @@ class BatchLosses:
     def mean(self) -> Tensor:
         """Return the mean loss, without dropout, and by the statistics of each batch itself.
 
-        A batch of one example has none: with BatchNorm it does not count, unless all are such.
+        A batch of one example has none: with BatchNorm it does not count, unless all are such. The
+        model and the random numbers stay as they are.
         """
+        with leaving_no_trace(self.model):
+            return self._mean()
+
+    def _mean(self) -> Tensor:
         normalising = [m for m in self.model.modules() if isinstance(m, _BatchNorm) and m.training]
         sizes = map(examples, self.batches)
         counted = [k for k, size in enumerate(sizes) if size > 1 or not normalising]

@@ -195,8 +195,11 @@ class OuterLoop:
         """Count one training step; return whether an outer update was made after it.
 
         Raises:
-            Diverged: the outer loss or a hypergradient is unusable.
+            Diverged: the outer loss or a hypergradient is unusable, or the first steps led nowhere.
         """
+        if cost := self.safeguards.count_step():
+            self.overhead += cost
+            self.safeguards.look()
         self.position = (self.position + 1) % self.update_every
         if not (self._open and self.position == self.window % self.update_every):
             return False

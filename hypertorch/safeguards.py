@@ -6,8 +6,8 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,22 @@ class Diverged(Exception):
     """Training went wrong; the message says what was seen. Handled by rolling back."""
 
 
+class Probation(NamedTuple):
+    """Looks at the run in its beginning, where `step` may not be given the loss.
+
+    Attributes:
+        loss: of the model as it is.
+        limit: what it must not exceed.
+        steps: after how many, from the start or from a rollback.
+        cost: of a look, in training steps.
+    """
+
+    loss: Callable[[], Tensor]
+    limit: float
+    steps: tuple[int, ...]
+    cost: float
+
+
 class Safeguards:
     """Watches losses and gradients, and keeps the state to return to.
 
@@ -41,6 +57,10 @@ class Safeguards:
         explosion: how many levels above its level a loss may rise.
         backoff: what η is divided by at a rollback.
         patience: rollbacks in a row before giving up.
+
+    Attributes:
+        rollbacks: how many there were.
+        probation: what the first steps must lead to, if anything.
     """
 
     def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
@@ -48,6 +68,8 @@ class Safeguards:
         self.rollbacks = 0
         self._in_a_row, self._has_warned = 0, False
         self._is_back = False  # no loss has been seen since the last rollback
+        self._steps = 0  # since the beginning, or the last rollback
+        self.probation: Probation | None = None
         self._first: float | None = None
         self._level = self._deviation = 0.0
         self._usual = 0.0  # levels that a loss lately rose by for no fault of the weights
@@ -142,6 +164,24 @@ class Safeguards:
         self._level += 0.1 * rise
         self._deviation += 0.1 * (abs(rise) - self._deviation)
 
+    def count_step(self) -> float:
+        """Count a step that was made; return what a look after it will cost, 0 if none is due."""
+        self._steps += 1
+        if self.probation is None or self._steps not in self.probation.steps:
+            return 0.0
+        return self.probation.cost
+
+    @torch.no_grad()
+    def look(self) -> None:
+        """Raise `Diverged` if the run does not stand its probation."""
+        assert self.probation is not None
+        loss, limit = self.probation.loss().item(), self.probation.limit
+        if not loss <= limit:
+            raise Diverged(
+                f"after {self._steps} steps a training loss is {loss:.3g}, above the {limit:.3g} "
+                "that it may reach"
+            )
+
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
         known = [h.values() if h.is_sparse else h for h in hypergradients.values()]
@@ -172,7 +212,7 @@ class Safeguards:
         self._candidate = None
         self.rollbacks += 1
         self._in_a_row += 1
-        self._is_back = True
+        self._is_back, self._steps = True, 0
         for name, h in hyperparameters.items():
             with torch.no_grad():
                 h.raw.copy_(raws[name])
@@ -210,6 +250,7 @@ class Safeguards:
             "rollbacks": self.rollbacks,
             "in_a_row": self._in_a_row,
             "is_back": self._is_back,
+            "steps": self._steps,
             "first": self._first,
             "level": self._level,
             "deviation": self._deviation,
@@ -221,7 +262,7 @@ class Safeguards:
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
-        self._usual = state.get("usual", 0.0)
+        self._usual, self._steps = state.get("usual", 0.0), state.get("steps", 0)
         self._pending.clear()
         self.forget()
 

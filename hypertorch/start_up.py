@@ -29,7 +29,7 @@ from .transition import gradients
 MODEST = 0.01
 #: The share of E that a trial must take away to say something of η.
 TELLING = 0.01
-#: A trial ends where its loss is so many times the one it began with.
+#: A trial ends where its loss is so many times the largest one of a better trial.
 RUINED = 3.0
 #: Epochs over which a weight is to be an average of its updates.
 TIMESCALE = 10
@@ -64,8 +64,8 @@ def search_lr(
 
     Returns:
         E by the η tried (of several groups the largest), infinite where the inner loss came to
-        thrice its first value. The learned η is now the best of them, or with a warning the first,
-        where none lowers E.
+        thrice the largest one of another trial. The learned η is now the best of them, or with a
+        warning the first, where none lowers E.
 
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
@@ -200,6 +200,7 @@ class _Search:
         self.ratios = present / present.max()
         self.found: dict[int, float] = {}  # E, by half decades from the first η
         self.first = self.start
+        self.usual = math.inf  # the largest loss of the trial where that was least
         self.cost = 0.0
 
     def run(self) -> float:
@@ -241,7 +242,7 @@ class _Search:
         """Return the decade of η at which the first step lowers its loss by `MODEST`, about."""
         params = self.optimizer._params()
         before = [p.detach().clone() for p in params]
-        with self._trained(1.0, self.inner[:1]) as loss:
+        with self._trained(1.0, self.inner[:1]) as (loss,):
             moved = torch._foreach_sub(before, [p.detach() for p in params])
             pairs = [(p.grad, d) for p, d in zip(params, moved, strict=True) if p.grad is not None]
             gain = sum((g * d).sum(dtype=torch.float64).item() for g, d in pairs)
@@ -263,13 +264,16 @@ class _Search:
         if not self._is_allowed(half_decades):
             return math.inf
         if half_decades not in self.found:
-            with self._trained(self.rate(half_decades), self.inner) as loss:
-                self.found[half_decades] = self._outer_loss() if math.isfinite(loss) else math.inf
+            with self._trained(self.rate(half_decades), self.inner) as losses:
+                largest = max(map(abs, losses))
+                self.usual = min(self.usual, largest)
+                is_ruined = not math.isfinite(largest)
+                self.found[half_decades] = math.inf if is_ruined else self._outer_loss()
         return self.found[half_decades]
 
     @contextmanager
-    def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[float]:
-        """Within, the training steps are made at η = `rate`; yield the last loss, ∞ if ruined."""
+    def _trained(self, rate: float, inner: Sequence[Callable[[], Tensor]]) -> Iterator[list[float]]:
+        """Within, the steps are made at η = `rate`; yield their losses, the last ∞ if ruined."""
         with as_it_was(self.optimizer), self.lr.at(self.ratios * rate):
             for group in self.optimizer.param_groups:
                 group.pop("initial_lr", None)  # a schedule, such as a warm-up, does not count
@@ -278,20 +282,19 @@ class _Search:
             }
             groups = LearnedGroups(self.optimizer.optimizer, settings)
             groups.start()
-            params, value, first = self.optimizer._params(), math.inf, None
+            params, losses = self.optimizer._params(), list[float]()
             for inner_loss in inner:
                 loss = inner_loss()
-                value = loss.item()
-                first = value if first is None else first
-                if not value <= RUINED * abs(first):
-                    value = math.inf
+                losses.append(loss.item())
+                if not losses[-1] <= RUINED * self.usual:
+                    losses[-1] = math.inf
                     self.cost += 1 / 3
                     break
                 for param, grad in zip(params, gradients(loss, params), strict=True):
                     param.grad = grad
                 groups.step(self.optimizer._wrapped_step)
                 self.cost += 1
-            yield value
+            yield losses
 
     def _outer_loss(self) -> float:
         with leaving_no_trace(self.optimizer.model), torch.no_grad():

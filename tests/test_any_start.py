@@ -135,7 +135,7 @@ def test_one_run_beats_one_with_the_starting_values():
     assert optimizer.cost < 1.3 * STEPS  # trials are a large part of so short a run
 
 
-@pytest.mark.parametrize(("steps", "updates"), [(500, 3), (650, 6), (1000, 10)])
+@pytest.mark.parametrize(("steps", "updates"), [(500, 3), (650, 5), (1000, 10)])
 def test_trials_and_updates_cost_fifteen_percent_at_most(steps, updates):
     """Of an update every hundred steps, as many as that leaves room for."""
     model, *loop = started(1e-4, 1e-4, steps=steps)
@@ -143,8 +143,60 @@ def test_trials_and_updates_cost_fifteen_percent_at_most(steps, updates):
     trials = optimizer.cost
     assert 30 < trials < 50
     run(model, *loop, steps)
-    assert optimizer.cost == steps + trials + 10 * updates
+    looks = 3
+    assert optimizer.cost == pytest.approx(steps + trials + looks + 10 * updates)
     assert optimizer.cost <= 1.15 * steps
+
+
+def easily_overdone(seed):
+    """A small network on separable classes, which an η that ten steps like may ruin later."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(640, 10, generator=generator)
+    y = (x @ torch.randn(10, 3, generator=generator)).argmax(1)
+    torch.manual_seed(seed)
+    model = torch.nn.Sequential(torch.nn.Linear(10, 16), torch.nn.ReLU(), torch.nn.Linear(16, 3))
+    train, validation = (
+        DataLoader(TensorDataset(x[own], y[own]), 32, shuffle=True, generator=generator)
+        for own in (slice(0, 500), slice(500, 640))
+    )
+    return model, train, validation, (x[500:], y[500:])
+
+
+@pytest.mark.parametrize("seed", [1, 6, 10])
+def test_a_rate_that_harms_after_the_trials_is_lowered(seed, steps=400):
+    """Though nobody tells the optimizer the loss: without a look it ended at 84, 88 and 74 %."""
+    model, train, validation, (x, y) = easily_overdone(seed)
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, steps)
+    found = optimizer.hyperparameters["lr"]().item()
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / steps)
+    run(model, optimizer, scheduler, train, steps)
+    assert optimizer.rollbacks > 0
+    assert optimizer.hyperparameters["lr"]().item() < 0.6 * found
+    assert (model(x).argmax(1) == y).double().mean().item() > 0.92
+
+
+def test_a_look_at_the_run_leaves_no_trace():
+    """A copy and a resumed run are looked at too; a run that has done badly starts again."""
+    model, optimizer, scheduler, train = started(1e-4, 1e-4)
+    guards = optimizer._loop.safeguards
+    run(model, optimizer, scheduler, train, 10)
+    copied, weights = copy.deepcopy(optimizer), copy.deepcopy(model.state_dict())
+    assert copied._loop.safeguards.probation.loss.__self__.model is copied.model
+    guards.probation = guards.probation._replace(steps=(11,), limit=math.inf)
+    run(model, optimizer, scheduler, train, 1)
+    before, modes = torch.get_rng_state(), [m.training for m in model.modules()]
+    guards.look()
+    assert torch.equal(before, torch.get_rng_state())
+    assert modes == [m.training for m in model.modules()]
+    guards.probation = guards.probation._replace(steps=(12,), limit=0.0)
+    found = optimizer.hyperparameters["lr"]().item()
+    run(model, optimizer, scheduler, train, 1)
+    assert optimizer.rollbacks == 1 and guards._steps == 0
+    assert optimizer.hyperparameters["lr"]().item() == pytest.approx(found / guards.backoff)
+    torch.testing.assert_close(model.state_dict(), weights)
+    copied.load_state_dict(optimizer.state_dict())
+    assert copied._loop.safeguards._steps == 0
 
 
 def test_every_pass_through_the_model_before_training_is_counted():

@@ -259,3 +259,20 @@ def test_a_group_that_is_added_later_is_learned_as_the_others_are():
         start_weight_decay(optimizer, steps=100, steps_per_epoch=5)
         optimizer.add_param_group({"params": model[4].parameters()})
     assert optimizer.hyperparameters["weight_decay"].learned_in == [True, True]
+
+
+def test_batches_of_unlike_losses_ruin_no_trial():
+    """The first batch has by chance a loss thirty times below the others'."""
+    model = nn.Linear(3, 1)
+    nn.init.zeros_(model.weight), nn.init.zeros_(model.bias)
+    rows = torch.randn(40, 8, 3, generator=torch.Generator().manual_seed(0))
+    pairs = [(x, x.sum(1, keepdim=True) * (0.18 if k == 0 else 1.0)) for k, x in enumerate(rows)]
+    optimizer = HyperOptimizer(
+        torch.optim.SGD(model.parameters(), lr=1e-3),
+        model,
+        lambda: mse(model(rows[20]), rows[20].sum(1, keepdim=True)),
+        learn="lr",
+    )
+    tried = search_lr(optimizer, [partial(loss, model, x, y) for x, y in pairs[:10]])
+    assert len(tried) <= 6 and optimizer.cost < 70
+    assert 0.03 < optimizer.hyperparameters["lr"]().item() < 1.0
