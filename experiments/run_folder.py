@@ -10,7 +10,6 @@ import contextlib
 import csv
 import io
 import json
-import os
 from collections.abc import Iterator
 from datetime import datetime
 from pathlib import Path
@@ -25,11 +24,12 @@ from experiments.config_errors import ConfigError
 from experiments.config_values import make_folder
 from experiments.folder_lock import locked
 from experiments.schema import Config
+from experiments.whole_files import written_whole
 
 Row = dict[str, float]
 WRITTEN = (  # by a run, and so removed when it starts again
     *("config.yaml", "checkpoint.pt", "summary.json"),
-    *("config.part", "checkpoint.part", "summary.part"),
+    *("config.*.part", "checkpoint.*.part", "summary.*.part"),
     *("metrics.csv", "numbers.csv", "figure.png", "events.out.tfevents.*"),
 )
 
@@ -128,9 +128,8 @@ class RunFolder:
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
         """Replace the checkpoint, all or nothing."""
-        unfinished = self.checkpoint_file.with_suffix(".part")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint_file)
+        with written_whole(self.checkpoint_file) as unfinished:
+            torch.save(state, unfinished)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The checkpoint that an interrupted run left, or None."""
@@ -186,9 +185,8 @@ class RunFolder:
 
 def _replace(file: Path, text: str) -> None:
     """Write a file, all or nothing."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text)
-    os.replace(unfinished, file)
+    with written_whole(file) as unfinished:
+        unfinished.write_text(text)
 
 
 def _damaged(file: Path, what_to_do: str) -> ConfigError:
