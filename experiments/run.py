@@ -51,6 +51,7 @@ def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str,
 def _train(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     trainer = Trainer(config, folder=folder, progress=progress)
     summary = trainer.run()
+    folder.save_model(trainer.best.weights)
     run_figure(trainer.recorder.history, summary, folder.figure_file)
     return summary
 
