@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -19,7 +19,17 @@ from experiments.studies.schema import STUDIES
 
 COMMAND_LINE = "command line"
 also_known: list[type] = []  # dataclasses of configurations that are not `schema`'s
-BEGINNINGS = ("Value", "Invalid", "Incompatible", "field")  # of OmegaConf's sentences about a value
+MAPPINGS = {  # what is to be said of one beyond its form
+    "hyper.learn": " maps names to granularities: `hyper.learn.lr=group`, and "
+    "`+hyper.learn.momentum=shared` for a name that is not there yet."
+}
+BEGINNINGS = (
+    "Value",
+    "Invalid",
+    "Incompatible",
+    "Cannot",
+    "field",
+)  # of OmegaConf's sentences about a value
 
 
 class ConfigError(ValueError):
@@ -37,6 +47,8 @@ def explained(folder: Path) -> Iterator[None]:
         yield
     except MissingConfigException as error:
         raise ConfigError(_missing_choice(error)) from None
+    except OverrideParseException as error:
+        raise ConfigError(_unreadable(error.override, folder)) from None
     except HydraException as error:
         raise ConfigError(_bad_setting(error, folder)) from None
     except yaml.YAMLError as error:
@@ -78,6 +90,14 @@ def _missing_choice(error: MissingConfigException) -> str:
     return f"No {group} is called `{choice}`.{hint} Available: {', '.join(options)}."
 
 
+def _unreadable(override: str, folder: Path) -> str:
+    """What to write instead of an argument; `ridge` alone is taken for a choice of a group."""
+    files = sorted(folder.glob("*/*.yaml"))
+    file = min(files, key=lambda file: (file.stem != override, file.stem != "digits"))
+    example = f"`{file.parent.name}={file.stem}`"
+    return f"{COMMAND_LINE}: cannot read `{override}`. Write KEY=VALUE, such as {example}."
+
+
 def _bad_setting(error: HydraException, folder: Path) -> str:
     cause = error.__cause__
     text = f"{error}\n{cause}" if isinstance(cause, OmegaConfBaseException) else str(error)
@@ -96,7 +116,17 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
         if added and is_open:
             return f"{where}: `{key[1]}` has not been set so far. To add it: `{added[1]}`."
         return f"{where}: {_unknown_key(key[1], _siblings(text))}"
-    return f"{where}: `{key[1]}`: {_complaint(text)}"
+    return f"{where}: `{key[1]}`{_of_another_kind(key[1], text) or f': {_complaint(text)}'}"
+
+
+def _of_another_kind(key: str, text: str) -> str | None:
+    """What to write if the value is to be a mapping or a list, and is not."""
+    found = re.search(r"Cannot (merge|assign) .*", text)
+    if found and re.search(r"to Dict\[|with ListConfig", found[0]) and "Dict[" in text:
+        return MAPPINGS.get(key, f" maps names to values: `{key}.NAME=VALUE`.")
+    if found and re.search(r"reference_type=(List|Tuple)", text):
+        return f" is a list: `{key}=[…]`."
+    return None
 
 
 def _unknown_key(full_key: str, known: Collection[str]) -> str:

@@ -12,6 +12,7 @@ import torch
 from experiments.config_errors import ConfigError
 from experiments.loaders import Examples
 from experiments.tasks import Task
+from experiments.whole_files import written_whole
 
 READER = "bible"  # of Debian's package bible-kjv; the package bible-kjv-text brings it and its data
 WHOLE = "Gen1:1-Rev22:21"
@@ -85,7 +86,6 @@ def read_text(root: Path) -> str:
         command = [READER, "-f", WHOLE]
         verses = subprocess.run(command, capture_output=True, text=True, check=True).stdout
         root.mkdir(parents=True, exist_ok=True)
-        unfinished = copy.with_suffix(".part")
-        unfinished.write_text(REFERENCE.sub("", verses))
-        unfinished.replace(copy)
+        with written_whole(copy) as unfinished:
+            unfinished.write_text(REFERENCE.sub("", verses))
     return copy.read_text()

@@ -1,7 +1,8 @@
 """What each engine costs: time and memory of a window against K and against how much is learned.
 
-Time is the median over windows taken in turns, in units of K bare training steps; memory is the
-peak of live tensors above what training itself holds, in states (weights and momentum).
+Time is the median over windows taken in turns, three at the least, in units of K bare training
+steps; memory is the peak of live tensors above what training itself holds, in states (weights and
+momentum).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ ENGINES: dict[str, tuple[hypertorch.Engine, bool]] = {
     "Forward": (hypertorch.Forward(), False),
     "FirstOrder": (hypertorch.FirstOrder(), False),
 }
+
+FEWEST, MOST = 3, 40  # how often everything is timed
 
 
 class Point(NamedTuple):
@@ -86,7 +89,8 @@ class Plan(NamedTuple):
         counts: how many numbers are learned, at a window of `count_horizon` steps.
         longest_graph: K beyond which what keeps a graph of the window is left out, by model.
         batches: examples in a batch, by model: the CNN's are few, so that long windows end.
-        seconds: about how long each point is timed; a long window is timed once all the same.
+        seconds: about how long each point is timed; a long window is timed `FEWEST` times all the
+            same, and takes longer.
     """
 
     horizons: Sequence[int] = (1, 4, 16, 64, 256, 1024)
@@ -137,7 +141,8 @@ def _points(
 ) -> Iterator[Point]:
     """Measure the memory of each action, which warms it up, then time all in turns.
 
-    A window of a thousand steps is an average by itself, and is timed once.
+    A window of a thousand steps is an average by itself, but of one moment, as are the bare steps
+    beside it: it is timed `FEWEST` times too.
     """
     bare = repeated(bench.plain_step(), horizon)
     peaks = {engine: peak_bytes(action, bench.device) for engine, action in actions.items()}
@@ -145,7 +150,8 @@ def _points(
     started = time.perf_counter()
     bare()
     once = 5 * (time.perf_counter() - started)
-    times = timings({"bare": bare, **actions}, min(40, max(1, round(seconds / once))), bench.device)
+    rounds = min(MOST, max(FEWEST, round(seconds / once)))
+    times = timings({"bare": bare, **actions}, rounds, bench.device)
     state = sum(p.numel() * p.element_size() for p in bench.make_model().parameters()) * 2
     for engine, peak in peaks.items():
         pairs = zip(times[engine], times["bare"], strict=True)

@@ -18,7 +18,7 @@ from experiments.config_errors import explained
 from experiments.exit_status import with_exit_status
 from experiments.figures import run_figure
 from experiments.run_folder import RunFolder
-from experiments.schema import Config
+from experiments.schema import Config, Schedule
 from experiments.studies.study import report_study, run_study
 from experiments.training import Trainer
 
@@ -51,6 +51,7 @@ def run(config: Config, fresh: bool = False, progress: bool = True) -> dict[str,
 def _train(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     trainer = Trainer(config, folder=folder, progress=progress)
     summary = trainer.run()
+    folder.save_model(trainer.best.weights)
     run_figure(trainer.recorder.history, summary, folder.figure_file)
     return summary
 
@@ -77,7 +78,11 @@ def _finished_before(when: datetime, folder: RunFolder) -> str:
 
 
 def _report(summary: dict[str, Any], folder: RunFolder) -> None:
-    final = ", ".join(f"{name} {value:.3g}" for name, value in summary["final"].items())
+    scheduled = folder.config.run.schedule is not Schedule.constant
+    which = {"lr": " before its schedule"} if scheduled else {}
+    final = ", ".join(
+        f"{name} {value:.3g}{which.get(name, '')}" for name, value in summary["final"].items()
+    )
     print(f"Test accuracy {100 * summary['test_accuracy']:.2f} %; at the end {final}.")
     print(f"Cost {summary['cost_steps']:.0f} plain training steps, {summary['seconds']:.1f} s.")
     print(f"Run folder {folder.path}, figure {folder.figure_file}.")

@@ -1,4 +1,4 @@
-"""The folder of one run: resolved config, metrics, checkpoint, summary.
+"""The folder of one run: resolved config, metrics, checkpoint, weights, summary.
 
 A folder belongs to one configuration, and to one process at a time; a run that finds its own
 checkpoint in it goes on from there.
@@ -10,8 +10,7 @@ import contextlib
 import csv
 import io
 import json
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -20,24 +19,27 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from experiments.config_errors import ConfigError
 from experiments.config_values import make_folder
 from experiments.folder_lock import locked
 from experiments.schema import Config
+from experiments.whole_files import written_whole
 
 Row = dict[str, float]
 WRITTEN = (  # by a run, and so removed when it starts again
-    *("config.yaml", "checkpoint.pt", "summary.json"),
-    *("config.part", "checkpoint.part", "summary.part"),
+    *("config.yaml", "checkpoint.pt", "model.pt", "summary.json"),
+    *("config.*.part", "checkpoint.*.part", "model.*.part", "summary.*.part"),
     *("metrics.csv", "numbers.csv", "figure.png", "events.out.tfevents.*"),
 )
 
 
 class RunFolder:
-    """`config.yaml`, `metrics.csv`, `checkpoint.pt`, `summary.json`, `figure.png`, event files.
+    """`config.yaml`, `metrics.csv`, `model.pt`, `summary.json`, `figure.png`, event files.
 
-    A study has `numbers.csv` instead of metrics, checkpoint and event files.
+    While the run is under way, `checkpoint.pt` is what it goes on from. A study has `numbers.csv`
+    instead of metrics, weights, checkpoint and event files.
 
     Args:
         path: of the folder; nothing is read or written yet.
@@ -50,6 +52,7 @@ class RunFolder:
         self.config_file = path / "config.yaml"
         self.metrics_file = path / "metrics.csv"
         self.checkpoint_file = path / "checkpoint.pt"
+        self.model_file = path / "model.pt"
         self.summary_file = path / "summary.json"
         self.figure_file = path / "figure.png"
         self.numbers_file = path / "numbers.csv"
@@ -127,10 +130,18 @@ class RunFolder:
             ]
 
     def save_checkpoint(self, state: dict[str, Any]) -> None:
-        """Replace the checkpoint, all or nothing."""
-        unfinished = self.checkpoint_file.with_suffix(".part")
-        torch.save(state, unfinished)
-        os.replace(unfinished, self.checkpoint_file)
+        """Replace the checkpoint, all or nothing: from there the run goes on."""
+        with written_whole(self.checkpoint_file) as unfinished:
+            torch.save(state, unfinished)
+
+    def save_model(self, weights: Mapping[str, Tensor]) -> None:
+        """Write `model.pt`, all or nothing: a state_dict that any machine loads.
+
+        Args:
+            weights: those that the summary speaks of.
+        """
+        with written_whole(self.model_file) as unfinished:
+            torch.save({name: value.cpu() for name, value in weights.items()}, unfinished)
 
     def load_checkpoint(self, device: torch.device) -> dict[str, Any] | None:
         """The checkpoint that an interrupted run left, or None."""
@@ -186,9 +197,8 @@ class RunFolder:
 
 def _replace(file: Path, text: str) -> None:
     """Write a file, all or nothing."""
-    unfinished = file.with_suffix(".part")
-    unfinished.write_text(text)
-    os.replace(unfinished, file)
+    with written_whole(file) as unfinished:
+        unfinished.write_text(text)
 
 
 def _damaged(file: Path, what_to_do: str) -> ConfigError:

@@ -17,6 +17,7 @@ from torch import Tensor
 from experiments.config_errors import ConfigError
 from experiments.loaders import Examples
 from experiments.vision import torchvision
+from experiments.whole_files import written_whole
 
 IDX_FILES = tuple(
     f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")
@@ -169,10 +170,12 @@ def _provide_files(root: Path, archives: Path, download: bool) -> None:
 
 
 def _unzip(archive: Path, target: Path) -> None:
-    unfinished = target.with_suffix(".part")
-    with gzip.open(archive, "rb") as source, unfinished.open("wb") as sink:
+    with (
+        written_whole(target) as unfinished,
+        gzip.open(archive, "rb") as source,
+        unfinished.open("wb") as sink,
+    ):
         shutil.copyfileobj(source, sink)
-    unfinished.replace(target)
 
 
 def _fashion_part(root: str, train: bool, download: bool) -> Examples:

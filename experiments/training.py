@@ -95,7 +95,7 @@ class Trainer:
         """Train to the end, and try the best weights on test data.
 
         Returns:
-            The summary: accuracies, losses, λ and η at the end, and the cost.
+            The summary: accuracies, losses, λ and η (before its schedule) at the end, and the cost.
 
         Raises:
             Interrupted: after Ctrl-C, once the checkpoint is written.
@@ -154,6 +154,7 @@ class Trainer:
         self.recorder.add(self._row(loss, accuracy))
 
     def _row(self, loss: float, accuracy: float) -> Row:
+        """A row of `metrics.csv`; its `lr` is that of the next step, after the schedule."""
         history = self.recorder.history
         steps = self.step - history[-1]["step"] if history else 0
         mean_loss = self._loss_sum.item() / steps if steps else float("nan")

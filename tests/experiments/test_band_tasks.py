@@ -2,6 +2,9 @@
 
 import shutil
 import stat
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,6 +58,20 @@ def test_the_text_loses_its_references_and_is_kept(tmp_path, reader):
     assert read_text(tmp_path / "data") == text
     reader.unlink()
     assert read_text(tmp_path / "data") == text
+
+
+def test_two_processes_may_read_the_text_at_once(tmp_path, reader, monkeypatch):
+    """The other one begins and ends while this one keeps the text."""
+    write, root = Path.write_text, tmp_path / "data"
+    script = "import sys; from experiments.king_james import *; read_text(Path(sys.argv[1]))"
+
+    def written(path, text):
+        write(path, text)
+        subprocess.run([sys.executable, "-c", script, str(root)], check=True, timeout=120)
+
+    monkeypatch.setattr(Path, "write_text", written)
+    assert read_text(root) == "In the beginning\nAnd the earth\nAmen.\n"
+    assert [file.name for file in root.iterdir()] == ["king_james.txt"]
 
 
 def test_without_the_package_the_error_says_what_to_install(tmp_path, monkeypatch):

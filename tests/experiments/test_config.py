@@ -82,6 +82,22 @@ ON_THE_COMMAND_LINE = {
     "optimizer.lr=nan": "`optimizer.lr` is no finite number. Got nan. Give it one.",
     "optimizer=adamw optimizer.betas=[0.9,inf]": "`optimizer.betas` is no finite number. Got inf. "
     "Give it one.",
+    "digits": "command line: cannot read `digits`. Write KEY=VALUE, such as `experiment=digits`.",
+    "ridge": "command line: cannot read `ridge`. Write KEY=VALUE, such as `experiment=ridge`.",
+    "optimizer.lr": "command line: cannot read `optimizer.lr`. Write KEY=VALUE, such as "
+    "`experiment=digits`.",
+    "run.name=a=b": "command line: cannot read `run.name=a=b`. Write KEY=VALUE, such as "
+    "`experiment=digits`.",
+    **{
+        f"hyper=learn hyper.learn={value}": "command line: `hyper.learn` maps names to "
+        "granularities: `hyper.learn.lr=group`, and `+hyper.learn.momentum=shared` for a name "
+        "that is not there yet."
+        for value in ("[lr]", "lr", "5")
+    },
+    "experiment=calibration study.rates=[1]": "command line: `study.rates` maps names to values: "
+    "`study.rates.NAME=VALUE`.",
+    "optimizer=adamw optimizer.betas={a:1}": "command line: `optimizer.betas` is a list: "
+    "`optimizer.betas=[…]`.",
     "hyper=any_start +hyper.learn.lr=group": "command line: unknown key `hyper.learn`. Available: "
     "hyper.name, hyper.update_every, hyper.window.",
 }
@@ -92,6 +108,12 @@ def test_a_bad_override_is_named(override):
     with pytest.raises(ConfigError) as caught:
         load_config(override.split())
     assert str(caught.value) == ON_THE_COMMAND_LINE[override]
+
+
+@pytest.mark.parametrize("override", ["hyper.learn.lr=group", "+hyper.learn.momentum=shared"])
+def test_what_the_message_about_what_is_learned_says_to_write_is_accepted(override):
+    name, _, granularity = override.rpartition(".")[2].partition("=")
+    assert load_config(["hyper=learn", override]).hyper.learn[name] == granularity
 
 
 @pytest.mark.parametrize(

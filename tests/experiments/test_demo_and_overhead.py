@@ -129,6 +129,22 @@ def test_the_benchmark_of_every_engine_writes_its_table_and_plot(tmp_path, monke
     assert (tmp_path / "engines.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (1e6, 40)])
+def test_everything_is_timed_three_times_at_the_least(monkeypatch, seconds, rounds):
+    """Else the ratio of a long window to the bare steps is that of one moment."""
+    asked = []
+
+    def timings(actions, count, device):
+        asked.append(count)
+        return {name: [1.0] * count for name in actions}
+
+    monkeypatch.setattr(overhead_engines, "timings", timings)
+    bench = overhead.Bench(overhead.MODELS["MLP"], torch.device("cpu"), 8)
+    plan = overhead_engines.Plan(horizons=(2,), counts=(1,), count_horizon=2, seconds=seconds)
+    assert {point.ratio for point in overhead_engines.measure("MLP", bench, plan)} == {1.0}
+    assert asked == [rounds, rounds]
+
+
 def test_memory_is_counted_while_it_lives():
     with overhead_engines.PeakMemory() as memory:
         first = torch.zeros(1000)

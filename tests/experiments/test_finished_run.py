@@ -43,6 +43,13 @@ def test_it_says_that_it_was_finished_when_and_how_to_make_it_again(command, tmp
     assert again == first and re.match("Test accuracy", first[0])
 
 
+@pytest.mark.parametrize("schedule", ["constant", "linear"])
+def test_it_says_where_the_learning_rate_is_that_before_its_schedule(command, schedule):
+    said = command("hyper=none", "optimizer.lr=0.112", f"run.schedule={schedule}")[0]
+    which = "" if schedule == "constant" else " before its schedule"
+    assert said.endswith(f"; at the end lr 0.112{which}, weight_decay 0.0001.")
+
+
 def test_both_ways_of_making_it_again_do(command, tmp_path):
     command()
     assert command("run.name=other")[0].startswith("Test accuracy")

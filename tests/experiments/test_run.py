@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from experiments import training
 from experiments.config import load_config
 from experiments.config_errors import ConfigError
+from experiments.evaluation import evaluate
 from experiments.resuming import Interrupted
 from experiments.run import run
 from experiments.run_folder import RunFolder
@@ -28,7 +29,7 @@ TINY = [
     "run.device=cpu",
 ]
 CNN = ("model=cnn", "model.channels=[4]")
-FILES = {"config.yaml", "metrics.csv", "summary.json", "figure.png"}
+FILES = {"config.yaml", "metrics.csv", "model.pt", "summary.json", "figure.png"}
 
 
 def tiny(tmp_path, *overrides):
@@ -57,6 +58,20 @@ def test_a_run_leaves_its_folder_complete(tmp_path, hyper):
     events = EventAccumulator(str(folder.path)).Reload()
     assert len(events.Scalars("evaluation/validation_loss")) == len(rows)
     assert ("hyperparameter/weight_decay" in events.Tags()["scalars"]) == (hyper != "none")
+
+
+@pytest.mark.parametrize("overrides", [(), CNN], ids=["perceptron", "batch norm"])
+def test_the_weights_that_the_summary_speaks_of_are_kept(tmp_path, overrides):
+    settings = [o for o in TINY if not (overrides and "hidden" in o)]
+    noisy = ("task.label_noise=0.6", "hyper=none", "optimizer.lr=0.5")  # the last are not the best
+    config = load_config([*settings, f"run.root={tmp_path}", *noisy, *overrides])
+    summary = run(config, progress=False)
+    assert summary["best_step"] < summary["steps"]
+    trainer = Trainer(config)
+    trainer.model.load_state_dict(torch.load(RunFolder.of(config).model_file, weights_only=True))
+    for kind, part in (("best_validation", trainer.task.validation), ("test", trainer.task.test)):
+        loss, accuracy = evaluate(trainer.model, part)
+        assert (summary[f"{kind}_loss"], summary[f"{kind}_accuracy"]) == (loss, accuracy)
 
 
 def test_a_learned_run_costs_more_and_moves_lr(tmp_path):

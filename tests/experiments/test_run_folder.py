@@ -66,6 +66,16 @@ def test_a_run_of_another_process_is_not_disturbed_and_its_death_frees_the_folde
     assert run(tiny(), progress=False)["steps"] == 2
 
 
+def test_a_run_that_starts_again_removes_what_the_one_before_left(tiny):
+    folder = RunFolder.of(tiny())
+    with pytest.raises(KeyboardInterrupt), folder.claimed():
+        folder.model_file.write_text("weights of a run that came no further")
+        (folder.path / "model.17.part").write_text("half of them")
+        raise KeyboardInterrupt
+    with folder.claimed():
+        assert {file.name for file in folder.path.iterdir()} == {".lock", "config.yaml"}
+
+
 @pytest.mark.parametrize("end", [KeyboardInterrupt, ValueError])
 def test_a_run_that_ends_early_frees_its_folder(tiny, end):
     with pytest.raises(end), RunFolder.of(tiny()).claimed():

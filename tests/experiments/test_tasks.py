@@ -1,8 +1,11 @@
 """The data: disjoint splits, noise on training labels alone, deterministic batches."""
 
 import gzip
+import shutil
 import struct
+import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -68,8 +71,9 @@ def test_missing_fashion_mnist_says_what_to_do(tmp_path):
         fashion_mnist(root=str(tmp_path), archives=str(tmp_path))
 
 
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
-def test_fashion_mnist_is_unzipped_from_the_archives_and_read(tmp_path):
+@pytest.fixture
+def archives(tmp_path):
+    """The four files of Fashion-MNIST, with few images."""
     for name in IDX_FILES:
         n = 60 if name.startswith("train") else 20
         images = "images" in name
@@ -78,9 +82,47 @@ def test_fashion_mnist_is_unzipped_from_the_archives_and_read(tmp_path):
         pixels = torch.arange(n).repeat_interleave(784 if images else 1) % (256 if images else 10)
         body = bytes(pixels.tolist())
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(head + body))
-    task = fashion_mnist(str(tmp_path / "data"), str(tmp_path), validation_size=10)
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable:UserWarning")
+def test_fashion_mnist_is_unzipped_from_the_archives_and_read(archives):
+    task = fashion_mnist(str(archives / "data"), str(archives), validation_size=10)
     assert task.image_shape == (1, 28, 28)
     assert [len(part.y) for part in (task.train, task.validation, task.test)] == [50, 10, 20]
+
+
+def test_two_processes_may_unzip_the_archives_at_once(archives, monkeypatch):
+    """The other one begins and ends while this one is at its first file."""
+    arguments = archives / "data", archives
+    script = (
+        "import sys; from pathlib import Path; from experiments.tasks import _provide_files\n"
+        "_provide_files(Path(sys.argv[1]), Path(sys.argv[2]), False)\n"
+    )
+    copied = []
+
+    def copy(source, sink):
+        shutil.copyfileobj(source, sink)
+        if not copied:
+            command = [sys.executable, "-c", script, *map(str, arguments)]
+            subprocess.run(command, check=True, timeout=120)
+        copied.append(sink.name)
+
+    monkeypatch.setattr(tasks, "shutil", SimpleNamespace(copyfileobj=copy))
+    tasks._provide_files(*arguments, False)
+    assert len(copied) == len(IDX_FILES)
+    raw = archives / "data" / "FashionMNIST" / "raw"
+    assert {file.name for file in raw.iterdir()} == set(IDX_FILES)
+    for name in IDX_FILES:
+        assert (raw / name).read_bytes() == gzip.decompress((archives / f"{name}.gz").read_bytes())
+
+
+def test_a_damaged_archive_leaves_nothing_behind(archives):
+    damaged = archives / f"{IDX_FILES[0]}.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(EOFError):
+        tasks._provide_files(archives / "data", archives, False)
+    assert not list((archives / "data" / "FashionMNIST" / "raw").iterdir())
 
 
 def test_mnist_has_500_digits_of_each_class_in_three_parts():
