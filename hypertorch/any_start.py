@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_pieces, whole
+from .arguments import check_loss, check_pieces, whole
 from .calibration import calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
@@ -34,7 +34,7 @@ from .outer import GatedSign
 from .param_groups import restore_groups
 from .start_up import search_lr, start_weight_decay
 from .surroundings import leaving_no_trace
-from .validation import Batch, ValidationLoss, check_loader, length_of
+from .validation import Batch, ValidationLoss, check_criterion, check_loader, length_of
 
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
 #: a momentum of 0.9 makes of η.
@@ -101,9 +101,10 @@ def from_any_start(
 
     Raises:
         ArgumentError: a loader is empty, `steps` is not a whole number of them, something else is
-            to be learned than η and λ, a scheduler with rates of its own is attached, or the outer
-            criterion does not fit.
-        ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
+            to be learned than η and λ, a scheduler with rates of its own is attached, a loss is no
+            finite scalar, or the outer criterion does not fit.
+        ArgumentTypeError: a criterion cannot be called, a loader can be iterated only once, or a
+            batch is not a pair `(x, y)`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
             an operation of the loss has no second derivative.
 
@@ -126,16 +127,19 @@ def from_any_start(
         Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
         piece.
     """
-    check_pieces(optimizer, model, None, None, None)
+    check_pieces(optimizer, model, None, None, None, options.get("writer"))
     _check_start(optimizer, model)
     whole("steps", steps)
+    check_criterion(criterion)
+    check_criterion(outer_criterion, "outer_criterion")
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
     batches = first_batches(train_loader, "training", model, steps=TRIAL_STEPS)
     judges = first_batches(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
-    inner, cost = BatchLosses(model, criterion, batches), len(judges) / 3
+    inner, cost = BatchLosses(model, criterion, batches), (1 + len(judges)) / 3
+    _check_first(inner)
     chosen = {"outer": partial(GatedSign, max_step=MAX_STEPS, decay=DECAY)} | _learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
@@ -218,6 +222,22 @@ def _check_second_derivatives(inner: BatchLosses) -> float:
     return 6 / max(2, examples(inner.batches[0]))
 
 
+def _check_first(inner: BatchLosses) -> None:
+    """Refuse a training loss that is no finite number at the initial weights.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: says what it is.
+    """
+    with leaving_no_trace(inner.model), torch.enable_grad():
+        loss = inner.of(0)
+    check_loss(loss, "The loss of the first training batch")
+    if not math.isfinite(loss.item()):
+        raise ArgumentError(
+            f"The loss of the first training batch is {loss.item()} at the initial weights. Look "
+            "for NaN in the training data, and in the weights."
+        )
+
+
 def _at_first(
     model: nn.Module, criterion: Criterion, outer_criterion: Criterion, judges: list[Batch]
 ) -> Tensor:
@@ -228,7 +248,9 @@ def _at_first(
     """
 
     def both(z: Tensor, y: Any) -> Tensor:
-        return torch.stack([criterion(z, y), outer_criterion(z, y)])
+        outer = outer_criterion(z, y)
+        check_loss(outer, "The loss of a validation batch", has_graph=False)
+        return torch.stack([criterion(z, y).reshape(()), outer.reshape(())])
 
     try:
         with leaving_no_trace(model), torch.no_grad():

@@ -130,6 +130,51 @@ def test_a_plain_step_where_a_window_is_due_says_once_that_nothing_is_learned_fr
     assert optimizer.hypergradients is None and not is_open(model)
 
 
+def test_a_closure_that_calls_backward_where_a_window_is_due_is_told_to_leave_that_out():
+    model, twin = network(), network()
+    optimizer, other = wrapped(built("AdamW", model), model), built("AdamW", twin)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with_closure(model, optimizer, batches(9))
+    assert [str(w.message) for w in caught] == [
+        "The closure called backward itself, which makes a plain step, from which Unroll() learns "
+        "nothing. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees to both."
+    ]
+    with_closure(twin, other, batches(9))
+    assert_close(weights(model), weights(twin), 1e-12)
+    assert optimizer.hypergradients is None and not is_open(model)
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps", "said"),
+    [
+        (
+            hypertorch.Unroll(),
+            1,
+            "A window of 3 steps is open, and the closure called backward itself: no loss is left "
+            "to differentiate. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees "
+            "to both.",
+        ),
+        (
+            hypertorch.Replay(),
+            0,
+            "The graph of the closure's loss was used up before its step. `step(closure)` runs "
+            "backward itself: leave `backward()` and `zero_grad()` out of the closure, and let it "
+            "compute the loss anew.",
+        ),
+    ],
+)
+def test_a_closure_that_calls_backward_in_a_window_is_refused(engine, steps, said):
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, engine=engine, window=3, update_every=5)
+    with_bare_closure(model, optimizer, batches(steps))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(hypertorch.WindowError) as caught:
+        with_closure(model, optimizer, batches(1))
+    assert str(caught.value) == said
+    assert_identical(before, [p.detach() for p in model.parameters()])
+
+
 def test_a_loss_that_was_refused_leaves_no_window_open():
     model, other = network(), network()
     optimizer = wrapped(built("SGD", model), model)
