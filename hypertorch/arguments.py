@@ -163,7 +163,7 @@ def learned(
             raise ArgumentError(
                 f"`{name}` is learned twice. Give each Hyperparameter a `name` of its own."
             )
-        is_claimed = isinstance(learn, Mapping) or name == "lr"  # which no loss has one of
+        is_claimed = isinstance(learn, Mapping) or name == "lr"  # a loss has no `lr` of its own
         if is_claimed and isinstance(what, Hyperparameter):
             _check_is_used(name, what, optimizer, dynamics)
         with warnings.catch_warnings():

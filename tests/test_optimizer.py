@@ -1,6 +1,7 @@
 """HyperOptimizer keeps what torch.optim.Optimizer promises, with learning off and with it on."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -173,6 +174,41 @@ def test_a_closure_that_calls_backward_in_a_window_is_refused(engine, steps, sai
         with_closure(model, optimizer, batches(1))
     assert str(caught.value) == said
     assert_identical(before, [p.detach() for p in model.parameters()])
+
+
+def given(loss):
+    """Return a decorator's function: its `__wrapped__` has arguments, and it has none."""
+    return functools.wraps(loss)(lambda: loss(*batches(1)[0]))
+
+
+class OuterLoss(torch.nn.Module):
+    """A module without arguments."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        return mse(self.model(batches(1)[0][0]), batches(1)[0][1])
+
+
+@pytest.mark.parametrize(
+    "outer_loss",
+    [
+        lambda model: given(lambda x, y: mse(model(x), y)),
+        lambda model: functools.partial(lambda x, y: mse(model(x), y), *batches(1)[0]),
+        lambda model: lambda step=0: mse(model(batches(1)[step][0]), batches(1)[step][1]),
+        lambda model: lambda *args, **options: OuterLoss(model)(),
+        OuterLoss,
+        lambda model: OuterLoss(model).forward,
+    ],
+    ids=["decorated", "partial", "defaults", "any arguments", "a module", "a method"],
+)
+def test_an_outer_loss_may_be_anything_that_can_be_called_without_arguments(outer_loss):
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, outer_loss=outer_loss(model))
+    train(model, optimizer, batches(3))
+    assert optimizer.hypergradients is not None
 
 
 def test_a_loss_that_was_refused_leaves_no_window_open():
