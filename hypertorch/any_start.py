@@ -22,27 +22,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .arguments import check_pieces, whole
+from .arguments import check_loss, check_pieces, whole
 from .calibration import calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
-from .kept_batches import BatchLosses, Criterion, examples, first_batches
+from .kept_batches import BatchLosses, Criterion, examples, first_batches, probation_by
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .param_groups import restore_groups
-from .safeguards import Probation
 from .start_up import search_lr, start_weight_decay
 from .surroundings import leaving_no_trace
-from .validation import Batch, ValidationLoss, check_loader, length_of
+from .validation import Batch, ValidationLoss, check_criterion, check_loader, length_of
 
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
 #: a momentum of 0.9 makes of η.
 TRIAL_STEPS, TRIAL_EXAMPLES = 10, 150
-#: Steps after which a run is looked at, the training batches for that, and by what factor their
-#: loss may then be above that of no training: ten steps do not tell every η that is too large.
-PROBATION, PROBATION_BATCHES, HARMED = (20, 40, 90), 3, 1.2
 #: β of the averaged weights, and the steps of a window: they remember ten of its sixty.
 AVERAGE, WINDOW = 0.9, 60
 #: What trials and updates may cost together, as a share of plain training; what an update costs,
@@ -77,9 +73,9 @@ def from_any_start(
     An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
     period: in its first steps a run says little of where it will rest.
 
-    A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow up
-    after twenty steps. After 20, 40 and 90 steps the run is looked at. If the loss of three training
-    batches is by then a fifth above that of no training, it goes back to its start with η / 3.
+    A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow
+    up after twenty steps. After 20, 40 and 90 steps the run is looked at. If the loss of three
+    training batches is by then a fifth above that of no training, it starts again with η / 3.
 
     Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after ten
     steps the running ones are not yet those of the data. One that raises the criterion is judged by
@@ -109,16 +105,17 @@ def from_any_start(
 
     Raises:
         ArgumentError: a loader is empty, `steps` is not a whole number of them, something else is
-            to be learned than η and λ, a scheduler with rates of its own is attached, or the outer
-            criterion does not fit.
-        ArgumentTypeError: a loader can be iterated only once, or a batch is not a pair `(x, y)`.
+            to be learned than η and λ, a scheduler with rates of its own is attached, a loss is no
+            finite scalar, or the outer criterion does not fit.
+        ArgumentTypeError: a criterion cannot be called, a loader can be iterated only once, or a
+            batch is not a pair `(x, y)`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
             an operation of the loss has no second derivative.
 
-    Cost: about four trials of ten steps and four looks of one, once; from then on, for every 100 steps or more, a
-    gradient of E, one of the loss and four Hessian-vector products: 10 training steps. Together
-    15 % of a run of 700 steps or more, and up to 18 % of one of 500, by the size of validation
-    batches; of a shorter one more, for two updates from 180 steps on.
+    Cost: about four trials of ten steps and four looks of one, once; from then on, for every 100
+    steps or more, a gradient of E, one of the loss and four Hessian-vector products: 10 training
+    steps. Together 15 % of a run of 700 steps or more, and up to 18 % of one of 500, by the size of
+    validation batches; of a shorter one more, for two updates from 180 steps on.
 
     Example:
         >>> _ = torch.manual_seed(0)
@@ -134,16 +131,20 @@ def from_any_start(
         Larsen et al. 1996 and Pedregosa 2016 (λ), Sharifnassab et al. 2024 (η), and those of each
         piece.
     """
-    check_pieces(optimizer, model, None, None, None)
+    check_pieces(optimizer, model, None, None, None, options.get("writer"))
     _check_start(optimizer, model)
     whole("steps", steps)
+    check_criterion(criterion)
+    check_criterion(outer_criterion, "outer_criterion")
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
     batches = first_batches(train_loader, "training", model, steps=TRIAL_STEPS)
     judges = first_batches(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
-    inner, cost = BatchLosses(model, criterion, batches), len(judges) / 3
+    inner = BatchLosses(model, criterion, batches)
+    probation = probation_by(inner)
+    cost = probation.cost + len(judges) / 3
     chosen = {"outer": partial(GatedSign, max_step=MAX_STEPS, decay=DECAY)} | _learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
@@ -162,12 +163,11 @@ def from_any_start(
         if loop is None:
             raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
         loop.overhead += cost
-        loop.safeguards.probation = probation = _probation(inner)
-        loop.overhead += probation.cost
+        loop.safeguards.probation = probation
         _search(wrapped, inner, BatchLosses(model, judged, judges))
         start_weight_decay(wrapped, steps, length_of(train_loader))
     is_free = not {"engine", "update_every"} & set(options)
-    spent = wrapped.cost + len(PROBATION) * probation.cost
+    spent = wrapped.cost + len(probation.steps) * probation.cost
     every = _period(steps, spent) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
     if loop.update_every > steps:
@@ -178,15 +178,6 @@ def from_any_start(
         )
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
-
-
-@torch.no_grad()
-def _probation(inner: BatchLosses) -> Probation:
-    """Return what the first steps must lead to: a training loss not far above that of none."""
-    few = BatchLosses(inner.model, inner.criterion, inner.batches[:PROBATION_BATCHES])
-    before = few.mean()
-    limit = (before + (HARMED - 1) * before.abs()).item()
-    return Probation(few.mean, limit, PROBATION, cost=len(few.batches) / 3)
 
 
 def _search(wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses) -> None:
@@ -248,7 +239,9 @@ def _at_first(
     """
 
     def both(z: Tensor, y: Any) -> Tensor:
-        return torch.stack([criterion(z, y), outer_criterion(z, y)])
+        outer = outer_criterion(z, y)
+        check_loss(outer, "The loss of a validation batch", has_graph=False)
+        return torch.stack([criterion(z, y).reshape(()), outer.reshape(())])
 
     try:
         with torch.no_grad():

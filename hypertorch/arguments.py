@@ -1,5 +1,6 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
+import inspect
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -14,10 +15,12 @@ from .errors import (
     HypertorchWarning,
     UnsupportedError,
     did_you_mean,
+    kind_of,
 )
 from .hypergradients import Engine, FiniteDifferences
 from .hyperparameters import Hyperparameter, held_as
 from .param_groups import starting_values
+from .safeguards import Safeguards
 from .settings import Setting
 from .wrapper import OptimizerWrapper
 
@@ -25,7 +28,15 @@ from .wrapper import OptimizerWrapper
 BOUNDS = {"lr": (1e-8, 10.0), "weight_decay": (1e-7, 10.0)}
 
 
-def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine: Any) -> None:
+def check_pieces(
+    optimizer: Any,
+    model: Any,
+    outer_loss: Any,
+    outer: Any,
+    engine: Any,
+    writer: Any = None,
+    safeguards: Any = None,
+) -> None:
     """Raise unless each piece is the kind of object it should be."""
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ArgumentTypeError(
@@ -44,11 +55,8 @@ def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine
             f"`outer` must build an optimizer from raw tensors. Got {type(outer).__name__}. "
             "Pass functools.partial(torch.optim.Adam, lr=0.05), or None to switch learning off."
         )
-    if outer is not None and not callable(outer_loss):
-        raise ArgumentTypeError(
-            "`outer_loss` must be a callable that returns a scalar tensor. "
-            f"Got {type(outer_loss).__name__}. Pass ValidationLoss(model, criterion, val_loader)."
-        )
+    if outer is not None:
+        check_outer_loss(outer_loss)
     if engine is not None and not isinstance(engine, Engine):
         raise ArgumentTypeError(
             f"`engine` must be an engine such as Unroll(). Got {type(engine).__name__}."
@@ -58,7 +66,48 @@ def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine
             f"`FiniteDifferences(entries={engine.entries})` leaves the others out, and nothing is "
             "learned of them. Leave `entries` to `hypergradient`."
         )
+    if writer is not None and not callable(getattr(writer, "add_scalar", None)):
+        raise ArgumentTypeError(
+            f"`writer` must have an `add_scalar`. Got {kind_of(writer)}. "
+            "Pass torch.utils.tensorboard.SummaryWriter(folder)."
+        )
+    if safeguards is not None and not isinstance(safeguards, Safeguards):
+        raise ArgumentTypeError(
+            f"`safeguards` must be a Safeguards. Got {kind_of(safeguards)}. "
+            "Pass Safeguards(patience=20) or the like, or None for the default."
+        )
     _check_gradients_are_dense(model)
+
+
+def check_outer_loss(outer_loss: Any) -> None:
+    """Raise unless E is a callable that takes no arguments, as far as one can see."""
+    if not callable(outer_loss) or isinstance(outer_loss, type):
+        raise ArgumentTypeError(
+            "`outer_loss` must be a callable that returns a scalar tensor. "
+            f"Got {kind_of(outer_loss)}. Pass ValidationLoss(model, criterion, val_loader)."
+        )
+    if missing := _arguments_needed(outer_loss):
+        raise ArgumentTypeError(
+            "`outer_loss` is called without arguments. "
+            f"{getattr(outer_loss, '__name__', type(outer_loss).__name__)} needs "
+            f"{' and '.join(f'`{name}`' for name in missing)}. Pass a closure without arguments, "
+            "such as ValidationLoss(model, criterion, val_loader)."
+        )
+
+
+def _arguments_needed(function: Any) -> list[str]:
+    """Return the arguments without a default; none where no signature can be had."""
+    called = function.forward if isinstance(function, nn.Module) else function
+    try:  # what a decorator has wrapped may be given its arguments by it
+        signature = inspect.signature(called, follow_wrapped=False)
+    except (TypeError, ValueError):
+        return []
+    optional = inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD
+    return [
+        name
+        for name, argument in signature.parameters.items()
+        if argument.default is argument.empty and argument.kind not in optional
+    ]
 
 
 def _check_gradients_are_dense(model: nn.Module) -> None:
@@ -114,7 +163,8 @@ def learned(
             raise ArgumentError(
                 f"`{name}` is learned twice. Give each Hyperparameter a `name` of its own."
             )
-        if isinstance(learn, Mapping) and isinstance(what, Hyperparameter):
+        is_claimed = isinstance(learn, Mapping) or name == "lr"  # a loss has no `lr` of its own
+        if is_claimed and isinstance(what, Hyperparameter):
             _check_is_used(name, what, optimizer, dynamics)
         with warnings.catch_warnings():
             if not is_learning:

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from .functional import hypergradient
+from .arguments import check_outer_loss
+from .functional import check_wrapped, closures, hypergradient
 from .hypergradients import Engine, FiniteDifferences, OuterLoss, Unroll
 from .hypergradients.finite_differences import within
 from .inner_loss import one_batch
@@ -140,6 +141,7 @@ def check_hypergradient(
         central differences of two steps disagree among themselves. `agrees` says it in one word.
 
     Raises:
+        ArgumentTypeError, ArgumentError: an argument cannot work, as in `hypergradient`.
         WindowError: a closure returns another loss when it is called again.
         UnsupportedError: the engine cannot do this, and which one can.
 
@@ -156,6 +158,9 @@ def check_hypergradient(
         >>> check_hypergradient(optimizer, [partial(loss, x, y)] * 3, partial(loss, x, y)).agrees
         True
     """
+    check_wrapped(optimizer)
+    inner_losses = closures(inner_losses)
+    check_outer_loss(outer_loss)
     engine = engine or Unroll()
     optimizer.close()
     with _in_double(optimizer), one_batch(outer_loss):

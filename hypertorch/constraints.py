@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 from torch.distributions import biject_to, constraints
-from torch.distributions.constraints import interval, positive, real, simplex, unit_interval
+from torch.distributions.constraints import positive, real, simplex, unit_interval
 
 from .entries import sparse_vector
 from .errors import ArgumentError
@@ -36,6 +36,24 @@ Constraint = constraints.Constraint
 #: How far inside Λ a value on its boundary starts: absolute for a half line, a fraction of the
 #: width for an interval, a fraction of the uniform distribution mixed in for a simplex.
 BOUNDARY_MARGIN = {"half line": 1e-6, "interval": 1e-3, "simplex": 1e-3}
+
+
+def interval(lower: float, upper: float) -> Constraint:
+    """Return the set of the numbers between two ends.
+
+    Args:
+        lower: its lower end.
+        upper: its upper end, above the lower one.
+
+    Raises:
+        ArgumentError: the ends are not finite, or not in this order.
+    """
+    if not -math.inf < lower < upper < math.inf:
+        raise ArgumentError(
+            f"`interval` needs two finite ends, the lower one first. Got {lower!r} and {upper!r}. "
+            "Use `positive` for numbers above 0, `real` for any."
+        )
+    return constraints.interval(lower, upper)
 
 
 def to_value(raw: Tensor, constraint: Constraint) -> Tensor:

@@ -43,6 +43,11 @@ class HypertorchWarning(UserWarning):
     """Something a user should know once, and that does not stop the run."""
 
 
+def kind_of(what: object) -> str:
+    """Return what to call something that was got: its type, or ``"the class Adam"``."""
+    return f"the class {what.__name__}" if isinstance(what, type) else type(what).__name__
+
+
 def listed(names: Iterable[str]) -> str:
     """Join names in alphabetical order: ``"dampening, lr, momentum"``."""
     return ", ".join(sorted(names))

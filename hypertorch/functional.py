@@ -4,16 +4,18 @@ The functional form that every engine shares, for researchers and for tests: not
 model, optimizer, buffers and random numbers are left exactly as they were.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .arguments import check_outer_loss
 from .double_backward import TwiceDifferentiable
 from .dynamics import dynamics_of
 from .entries import dense
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError, kind_of
 from .gradient_hooks import hooks_set_aside, refuse_gradient_hooks
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
@@ -50,6 +52,7 @@ def hypergradient(
 
     Raises:
         ArgumentError: there is no closure, or a loss is not a scalar.
+        ArgumentTypeError: `optimizer` is not wrapped, or something else is no closure.
         UnsupportedError: the engine cannot do this, and which one can.
         WindowError: a loss does not depend on the model's weights.
 
@@ -66,8 +69,9 @@ def hypergradient(
         >>> sorted(hypergradient(optimizer, [partial(loss, x, y)] * 3, partial(loss, x, y)))
         ['lr', 'weight_decay']
     """
-    if not inner_losses:
-        raise ArgumentError("`inner_losses` is empty. Pass one closure per training step.")
+    check_wrapped(optimizer)
+    inner_losses = closures(inner_losses)
+    check_outer_loss(outer_loss)
     optimizer.close()
     engine = engine or Unroll()
     bare, model = optimizer.optimizer, optimizer.model
@@ -90,6 +94,41 @@ def hypergradient(
                 return dense(window.hypergradient(checked_outer(outer_loss, engine))[1])
         finally:
             window.close()
+
+
+def check_wrapped(optimizer: Any, options: str = "outer=None") -> None:
+    """Raise unless it is a HyperOptimizer; say how to make one, with such options.
+
+    Raises:
+        ArgumentTypeError: it is something else.
+    """
+    if not isinstance(optimizer, HyperOptimizer):
+        raise ArgumentTypeError(
+            f"`optimizer` must be a HyperOptimizer. Got {kind_of(optimizer)}. "
+            f"Wrap it: HyperOptimizer(optimizer, model, {options})."
+        )
+
+
+def closures(inner_losses: Any) -> list[Callable[[], Tensor]]:
+    """Return the inner losses of some training steps, once they are such.
+
+    Raises:
+        ArgumentTypeError: they are no closures, or not several.
+        ArgumentError: there is none.
+    """
+    is_one = callable(inner_losses) or isinstance(inner_losses, Tensor)
+    is_several = isinstance(inner_losses, Iterable) and not is_one
+    found: list[Any] = list(inner_losses) if is_several else [None]
+    if not all(map(callable, found)):
+        wrong = next(each for each in found if not callable(each)) if is_several else inner_losses
+        raise ArgumentTypeError(
+            "`inner_losses` must be a sequence of closures, one per training step. "
+            f"Got {kind_of(wrong)}{' in it' * is_several}. "
+            "Pass [functools.partial(loss_fn, x, y)] or more of them."
+        )
+    if not found:
+        raise ArgumentError("`inner_losses` is empty. Pass one closure per training step.")
+    return found
 
 
 def _step(

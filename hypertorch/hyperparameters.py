@@ -1,5 +1,6 @@
 """λ: a raw tensor ρ, and the constraint that maps it to λ = c(ρ)."""
 
+import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from .constraints import (
     to_value,
 )
 from .entries import entries, ordinary
-from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning
+from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, kind_of
 
 
 class Hyperparameter:
@@ -44,7 +45,8 @@ class Hyperparameter:
 
     Raises:
         ArgumentError: `value` or `bounds` lie outside `constraint`, or `bounds` are not ordered.
-        ArgumentTypeError: `value` is not made of numbers.
+        ArgumentTypeError: `value` is not made of numbers, `constraint` is no set, or `bounds` are
+            no pair.
 
     Example:
         >>> from hypertorch import unit_interval
@@ -65,6 +67,12 @@ class Hyperparameter:
         bounds: tuple[float, float] | None = None,
     ) -> None:
         self.name = name or "hyperparameter"
+        if not isinstance(constraint, Constraint):
+            got = kind_of(constraint) if isinstance(constraint, type) else repr(constraint)
+            raise ArgumentTypeError(
+                f"`constraint` of `{self.name}` must be a set such as `positive` or "
+                f"`interval(a, b)`, as `hypertorch` has them. Got {got}."
+            )
         self.constraint = constraint
         self.is_indexed = False
         self.bound(bounds)
@@ -72,6 +80,11 @@ class Hyperparameter:
 
     def bound(self, bounds: tuple[float, float] | None) -> None:
         """Let outer updates keep λ inside `bounds` from now on."""
+        if bounds is not None and not _is_pair(bounds):
+            raise ArgumentTypeError(
+                f"`bounds` of `{self.name}` must be a pair of numbers, (lower, upper), or None. "
+                f"Got {bounds!r}."
+            )
         if bounds is not None and not bounds[0] < bounds[1]:
             raise ArgumentError(f"`bounds` of `{self.name}` must be ordered. Got {bounds}.")
         ends = raw_ends(bounds, self.constraint, self.name) if bounds is not None else ()
@@ -203,6 +216,11 @@ def _as_tensor(value: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(f"`{name}` must be made of numbers. Got {value!r}.") from error
     return floating
+
+
+def _is_pair(bounds: Any) -> bool:
+    is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
+    return is_pair and all(isinstance(end, (numbers.Real, Tensor)) for end in bounds)
 
 
 def _brief(value: Tensor) -> str:

@@ -158,13 +158,24 @@ def guarded(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Iterator
         yield
 
 
-def missing_loss(engine: Engine, horizon: int, is_open: bool) -> str:
+def missing_loss(inner: InnerLoss, engine: Engine, horizon: int, is_open: bool) -> str:
     """Return what to say of a step in a window that comes with gradients alone.
 
     Raises:
         WindowError: the window is open; where it is only due, the step is a plain one.
     """
     instead = "step(loss)" if engine.needs == "loss" else "step(functools.partial(loss_fn, x, y))"
+    if inner.closure is not None:
+        instead = f"Leave `backward()` and `zero_grad()` out of it: `{instead}` sees to both."
+        if is_open:
+            raise WindowError(
+                f"A window of {horizon} steps is open, and the closure called backward itself: no "
+                f"loss is left to differentiate. {instead}"
+            )
+        return (
+            "The closure called backward itself, which makes a plain step, from which "
+            f"{engine!r} learns nothing. {instead}"
+        )
     if is_open:
         raise WindowError(
             f"A window of {horizon} steps is open, and `step()` got no loss to differentiate. "

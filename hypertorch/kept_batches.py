@@ -1,4 +1,7 @@
-"""The first batches of a loader, kept: what trials are made on, and where λ's system is solved."""
+"""The first batches of a loader, kept.
+
+On them trials are made, the run is looked at in its beginning, and λ's system is solved.
+"""
 
 import itertools
 import math
@@ -11,11 +14,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from .arguments import check_loss
+from .errors import ArgumentError
 from .optimizer import HyperOptimizer
+from .safeguards import Probation
 from .surroundings import leaving_no_trace
 from .validation import Batch, generators_of, placed, with_own_iterator
 
 Criterion = Callable[[Tensor, Any], Tensor]
+
+#: Steps after which a run is looked at, the batches for that, and by what factor their loss may then
+#: be above that of no training: ten steps of a trial do not tell every η that is too large.
+_LOOKS_AFTER, _LOOKS_AT, _HARMED = (20, 40, 90), 3, 1.2
 
 
 class BatchLosses:
@@ -88,6 +98,26 @@ class BatchLosses:
         for module in normalising if counted else ():
             module.train()
         return torch.stack([self.of(k) for k in counted or range(len(self.batches))]).mean(0)
+
+
+@torch.no_grad()
+def probation_by(inner: BatchLosses) -> Probation:
+    """Return what the first steps must lead to: a training loss not far above that of none.
+
+    Raises:
+        ArgumentError, ArgumentTypeError: the loss at the initial weights is no finite number.
+    """
+    few = BatchLosses(inner.model, inner.criterion, inner.batches[:_LOOKS_AT])
+    loss = few.mean()
+    check_loss(loss, "The loss of the first training batches", has_graph=False)
+    before = loss.item()
+    if not math.isfinite(before):
+        raise ArgumentError(
+            f"The loss of the first training batches is {before} at the initial weights. Look for "
+            "NaN in the training data, and in the weights."
+        )
+    limit = before + (_HARMED - 1) * abs(before)
+    return Probation(few.mean, limit, _LOOKS_AFTER, cost=len(few.batches) / 3)
 
 
 def first_batches(

@@ -38,8 +38,12 @@ def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor
         )
 
 
-def explain(error: RuntimeError) -> NoReturn:
+def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:
     """Raise a step's error again, or say what to do about what torch says in its own words.
+
+    Args:
+        error: what was raised.
+        in_closure: whether the step got a closure.
 
     Raises:
         WindowError: the loss's graph was used up or written to.
@@ -56,6 +60,12 @@ def explain(error: RuntimeError) -> NoReturn:
         ) from error
     if "backward through the graph a second time" not in str(error):
         raise error
+    if in_closure:
+        raise WindowError(
+            "The graph of the closure's loss was used up before its step. `step(closure)` runs "
+            "backward itself: leave `backward()` and `zero_grad()` out of the closure, and let it "
+            "compute the loss anew."
+        ) from error
     raise WindowError(
         "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
         "remove `loss.backward()`, or make a plain step, `step()`, after it."

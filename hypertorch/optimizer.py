@@ -113,7 +113,7 @@ class HyperOptimizer(OptimizerWrapper):
         writer: Any = None,
         safeguards: Safeguards | None = None,
     ) -> None:
-        arguments.check_pieces(optimizer, model, outer_loss, outer, engine)
+        arguments.check_pieces(optimizer, model, outer_loss, outer, engine, writer, safeguards)
         rhythm = arguments.check_rhythm(window, update_every, steps_per_epoch)
         dynamics = dynamics_of(optimizer)
         super().__init__(optimizer)
@@ -131,7 +131,7 @@ class HyperOptimizer(OptimizerWrapper):
                 self.hyperparameters,
                 engine or Unroll(),
                 outer,
-                deepcopy(safeguards or Safeguards()),
+                deepcopy(Safeguards() if safeguards is None else safeguards),
                 rhythm,
             )
         self._monitor = self._new_monitor(writer)
@@ -190,7 +190,7 @@ class HyperOptimizer(OptimizerWrapper):
             else:
                 self._learning_step(self._loop, inner)
         except RuntimeError as error:
-            explain(error)
+            explain(error, inner.closure is not None)
         return inner.loss
 
     def _learning_step(self, loop: OuterLoop, inner: InnerLoss) -> None:
@@ -199,7 +199,7 @@ class HyperOptimizer(OptimizerWrapper):
             loop.see_to_snapshot()
             is_missing = was_due and not inner.suits(loop.engine)
             if is_missing:
-                self._refuse_or_warn(loop)
+                self._refuse_or_warn(loop, inner)
             if is_missing or not was_due:
                 self._plain_step(inner)
             elif loop.cut_if_written_to(inner.loss):
@@ -241,9 +241,9 @@ class HyperOptimizer(OptimizerWrapper):
             self._loop.safeguards.watch(inner.value(), grads)
             self._loop.groups.step(self._wrapped_step)
 
-    def _refuse_or_warn(self, loop: OuterLoop) -> None:
+    def _refuse_or_warn(self, loop: OuterLoop, inner: InnerLoss) -> None:
         """Say what a step without a loss means where a window is open or due."""
-        said = missing_loss(loop.engine, loop.window, loop.is_window_open)
+        said = missing_loss(inner, loop.engine, loop.window, loop.is_window_open)
         self._gradients()
         self._warn(said, stacklevel=6)
 

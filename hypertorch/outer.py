@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .entries import MANY
-from .errors import ArgumentError, UnsupportedError
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind_of
 from .wrapper import hooked
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -124,9 +124,15 @@ def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer
     """Return the outer rule for these ρ.
 
     Raises:
+        ArgumentTypeError: it is no torch optimizer.
         UnsupportedError: it is one that cannot step along a gradient alone.
     """
     rule = factory(raws)
+    if not isinstance(rule, torch.optim.Optimizer):
+        raise ArgumentTypeError(
+            f"`outer` must return a torch optimizer for the raw tensors. Got {kind_of(rule)}. "
+            "Pass functools.partial(torch.optim.Adam, lr=0.05)."
+        )
     if isinstance(rule, torch.optim.LBFGS):
         raise UnsupportedError(
             "`outer` cannot be LBFGS, which evaluates E again within a step. Use "

@@ -5,6 +5,8 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 """
 
 import math
+import numbers
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .constraints import to_raw
-from .errors import DivergenceError, HypertorchWarning
+from .errors import ArgumentError, DivergenceError, HypertorchWarning
 from .hyperparameters import Hyperparameter
 from .snapshot import Snapshot
 from .state import State
@@ -61,9 +63,16 @@ class Safeguards:
     Attributes:
         rollbacks: how many there were.
         probation: what the first steps must lead to, if anything.
+
+    Raises:
+        ArgumentError: `explosion` is not above 0, `backoff` not above 1, or `patience` no whole
+            number of at least 1.
     """
 
     def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
+        _check("explosion", explosion, "a number above 0 (math.inf allows any rise)", 0, math.inf)
+        _check("backoff", backoff, "a finite number above 1", 1, sys.float_info.max)
+        _check("patience", patience, "a whole number of rollbacks, at least 1", 0, math.inf, int)
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row, self._has_warned = 0, False
@@ -218,10 +227,12 @@ class Safeguards:
                 h.raw.copy_(raws[name])
             h.refresh()
         if self._in_a_row >= self.patience:
+            advice = "Check the data for NaN, or start from a smaller `lr`."
+            if "lr" not in hyperparameters:
+                advice += " Or learn `lr` too, so that a rollback can lower it."
             raise DivergenceError(
                 f"Training diverged {self._in_a_row} times in a row; last, {reason}. The weights "
-                "are back at the last good state. Check the data for NaN, start from a smaller "
-                "`lr`, or learn `lr` too, so that a rollback can lower it."
+                f"are back at the last good state. {advice}"
             )
         self._warn(reason)
         if "lr" in hyperparameters:
@@ -265,6 +276,15 @@ class Safeguards:
         self._usual, self._steps = state.get("usual", 0.0), state.get("steps", 0)
         self._pending.clear()
         self.forget()
+
+
+def _check(
+    name: str, number: Any, what: str, above: float, most: float, kind: type = numbers.Real
+) -> None:
+    """Raise unless a setting of the safeguards is such a number."""
+    is_one = isinstance(number, kind) and not isinstance(number, bool)
+    if not (is_one and above < number <= most):
+        raise ArgumentError(f"`{name}` of Safeguards must be {what}. Got {number!r}.")
 
 
 def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:

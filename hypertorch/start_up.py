@@ -13,10 +13,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from .arguments import whole
+from .arguments import check_outer_loss, whole
 from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
-from .functional import as_it_was
+from .functional import as_it_was, check_wrapped, closures
 from .hypergradients import OuterLoss
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
@@ -69,6 +69,7 @@ def search_lr(
 
     Raises:
         ArgumentError: `lr` is not learned, or there is no closure.
+        ArgumentTypeError: `optimizer` is not wrapped, or something else is no closure.
 
     Cost: per trial, of which there are about four, K training steps, and a third of a step for
     each batch of E. It is counted in `optimizer.cost`.
@@ -86,14 +87,14 @@ def search_lr(
         >>> 0.01 < optimizer.hyperparameters["lr"]().item() < 1.0
         True
     """
+    check_wrapped(optimizer, "outer_loss")
     lr, loop = optimizer.hyperparameters.get("lr"), optimizer._loop
     if not isinstance(lr, Setting) or loop is None:
         raise ArgumentError("`search_lr` moves a learned `lr`. Name it in `learn`.")
-    if not inner_losses:
-        raise ArgumentError("`inner_losses` is empty. Pass about ten closures, one per step.")
+    inner = [checked(loss, "An inner loss") for loss in closures(inner_losses)]
+    outer_loss = loop.outer_loss if outer_loss is None else outer_loss
+    check_outer_loss(outer_loss)
     loop.cut()
-    outer_loss = outer_loss or loop.outer_loss
-    inner = [checked(loss, "An inner loss") for loss in inner_losses]
     outer = checked(outer_loss, "The outer loss", has_graph=False)
     search = _Search(optimizer, lr, inner, outer, outer_batches / 3)
     with one_batch(outer_loss):
@@ -131,6 +132,7 @@ def start_weight_decay(
 
     Raises:
         ArgumentError: `weight_decay` is not learned, or one of the numbers is not positive.
+        ArgumentTypeError: `optimizer` is not wrapped.
         UnsupportedError: the decay passes through a second moment (Adam, RMSprop, Adagrad, …), and
             shrinks the weights by what cannot be known.
 
@@ -146,6 +148,7 @@ def start_weight_decay(
     References:
         Wang and Aitchison 2024, for AdamW: τ in epochs, between one and all of the run's.
     """
+    check_wrapped(optimizer, "outer_loss")
     decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
     if not isinstance(decay, Setting) or loop is None:
         raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")

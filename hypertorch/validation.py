@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .errors import ArgumentError, ArgumentTypeError
+from .errors import ArgumentError, ArgumentTypeError, kind_of
 from .surroundings import leaving_no_trace
 
 Batch = tuple[Any, Any]
@@ -34,8 +34,9 @@ class ValidationLoss:
             the device of the model.
 
     Raises:
-        ArgumentError: the loader is empty.
-        ArgumentTypeError: the loader cannot be iterated, or a batch is not a pair `(x, y)`.
+        ArgumentError: the loader is empty, or the model has no parameters.
+        ArgumentTypeError: the model is no module, the criterion cannot be called, the loader cannot
+            be iterated, or a batch is not a pair `(x, y)`.
 
     Cost: one forward pass per call, and one backward pass for its gradient.
 
@@ -49,6 +50,8 @@ class ValidationLoss:
     def __init__(
         self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], loader: Any
     ) -> None:
+        _check_model(model)
+        check_criterion(criterion)
         check_loader(loader)
         if length_of(loader) == 0:
             raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
@@ -153,6 +156,30 @@ class ValidationLoss:
         resume = state.pop("_resume")
         self.__dict__.update(state)
         self.load_state_dict(resume)
+
+
+def _check_model(model: Any) -> None:
+    advice = "Pass the model that trains: ValidationLoss(model, criterion, loader)."
+    if not isinstance(model, nn.Module):
+        raise ArgumentTypeError(
+            f"`model` must be a torch.nn.Module. Got {kind_of(model)}. {advice}"
+        )
+    if next(model.parameters(), None) is None:
+        raise ArgumentError(f"`model` has no parameters. Got {type(model).__name__}. {advice}")
+
+
+def check_criterion(criterion: Any, name: str = "criterion") -> None:
+    """Refuse what cannot be called with outputs and targets.
+
+    Raises:
+        ArgumentTypeError: says what it is.
+    """
+    if isinstance(criterion, type) or not callable(criterion):
+        raise ArgumentTypeError(
+            f"`{name}` must be callable with the model's outputs and the targets. "
+            f"Got {kind_of(criterion)}. Pass torch.nn.functional.cross_entropy, or an object such "
+            "as torch.nn.CrossEntropyLoss()."
+        )
 
 
 def check_loader(loader: Any, name: str = "loader") -> None:

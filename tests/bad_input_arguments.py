@@ -14,6 +14,9 @@ from hypertorch import (
     HyperOptimizer,
     Hyperparameter,
     Implicit,
+    Safeguards,
+    ValidationLoss,
+    interval,
     positive,
     simplex,
     unit_interval,
@@ -21,6 +24,22 @@ from hypertorch import (
 
 SUPPORTED = "Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD"
 SGD_SETTINGS = "dampening, lr, momentum, weight_decay"
+CLOSURE = (
+    "`outer_loss` is called without arguments. {} needs `input` and `target`. Pass a closure "
+    "without arguments, such as ValidationLoss(model, criterion, val_loader)."
+)
+CRITERION = (
+    "`criterion` must be callable with the model's outputs and the targets. Got {}. "
+    "Pass torch.nn.functional.cross_entropy, or an object such as torch.nn.CrossEntropyLoss()."
+)
+NOT_A_SET = (
+    "`constraint` of `alpha` must be a set such as `positive` or `interval(a, b)`, as `hypertorch` "
+    "has them. Got {}."
+)
+ENDS = (
+    "`interval` needs two finite ends, the lower one first. Got {} and {}. "
+    "Use `positive` for numbers above 0, `real` for any."
+)
 
 
 def with_optimizer(make: Callable[[Any], Any]) -> Callable[[Bench, Any], Any]:
@@ -124,6 +143,60 @@ ARGUMENTS = [
         "`outer_loss` must be a callable that returns a scalar tensor. Got Tensor. "
         "Pass ValidationLoss(model, criterion, val_loader).",
     ),
+    type_error(
+        "an outer loss that is a class",
+        wrap(outer_loss=nn.CrossEntropyLoss),
+        "`outer_loss` must be a callable that returns a scalar tensor. "
+        "Got the class CrossEntropyLoss. Pass ValidationLoss(model, criterion, val_loader).",
+    ),
+    type_error(
+        "a criterion's module as the outer loss",
+        wrap(outer_loss=nn.CrossEntropyLoss()),
+        CLOSURE.format("CrossEntropyLoss"),
+    ),
+    type_error(
+        "a criterion's function as the outer loss",
+        wrap(outer_loss=nn.functional.cross_entropy),
+        CLOSURE.format("cross_entropy"),
+    ),
+    type_error(
+        "an outer rule that builds nothing",
+        wrap(outer=lambda p: None),
+        "`outer` must return a torch optimizer for the raw tensors. Got NoneType. "
+        "Pass functools.partial(torch.optim.Adam, lr=0.05).",
+    ),
+    type_error(
+        "the folder of a writer",
+        wrap(writer="runs/x"),
+        "`writer` must have an `add_scalar`. Got str. "
+        "Pass torch.utils.tensorboard.SummaryWriter(folder).",
+    ),
+    *[
+        type_error(
+            f"safeguards that are {got}",
+            wrap(safeguards=given),
+            f"`safeguards` must be a Safeguards. Got {got}. "
+            "Pass Safeguards(patience=20) or the like, or None for the default.",
+        )
+        for given, got in ((False, "bool"), (3, "int"), (Safeguards, "the class Safeguards"))
+    ],
+    *[
+        value_error(
+            f"safeguards with {name}={number!r}",
+            lambda *_, name=name, number=number: Safeguards(**{name: number}),
+            f"`{name}` of Safeguards must be {what}. Got {number!r}.",
+        )
+        for name, what, numbers in (
+            (
+                "explosion",
+                "a number above 0 (math.inf allows any rise)",
+                (-1, 0, "5", float("nan")),
+            ),
+            ("backoff", "a finite number above 1", (0.5, 1, True, float("inf"))),
+            ("patience", "a whole number of rollbacks, at least 1", (0, 2.5, True)),
+        )
+        for number in numbers
+    ],
     type_error(
         "an outer rule that is a number",
         wrap(outer=0.01),
@@ -231,6 +304,13 @@ ARGUMENTS = [
         'learn={"lr": "group"}. If your loss uses the Hyperparameter, give it another name.',
     ),
     value_error(
+        "a Hyperparameter of a list that calls itself as the learning rate",
+        wrap(learn=["weight_decay", Hyperparameter(0.05, positive, name="lr")]),
+        "`lr` is a setting of SGD, which would not use the Hyperparameter given for it. To learn "
+        "SGD's own, let it start in the optimizer and say how many there are: "
+        'learn={"lr": "group"}. If your loss uses the Hyperparameter, give it another name.',
+    ),
+    value_error(
         "a shared setting over groups that differ",
         wrap_two_rates,
         "`lr` cannot be shared: the param groups start at [0.1, 0.2]. "
@@ -329,6 +409,28 @@ ARGUMENTS = [
         "SGD has complex parameters, and Φ is real. Use `torch.view_as_real`.",
     ),
     value_error(
+        "a validation loss with model and criterion exchanged",
+        lambda b, _: ValidationLoss(nn.CrossEntropyLoss(), b.model, b.data),
+        "`model` has no parameters. Got CrossEntropyLoss. "
+        "Pass the model that trains: ValidationLoss(model, criterion, loader).",
+    ),
+    type_error(
+        "a validation loss of a function",
+        lambda b, _: ValidationLoss(b.loss, nn.functional.mse_loss, b.data),
+        "`model` must be a torch.nn.Module. Got method. "
+        "Pass the model that trains: ValidationLoss(model, criterion, loader).",
+    ),
+    type_error(
+        "a criterion that is a class",
+        lambda b, _: ValidationLoss(b.model, nn.CrossEntropyLoss, b.data),
+        CRITERION.format("the class CrossEntropyLoss"),
+    ),
+    type_error(
+        "no criterion",
+        lambda b, _: ValidationLoss(b.model, None, b.data),
+        CRITERION.format("NoneType"),
+    ),
+    value_error(
         "an empty validation loader",
         lambda b, _: b.validation([]),
         "`loader` is empty. An outer loss needs validation data.",
@@ -370,4 +472,29 @@ ARGUMENTS = [
         lambda *_: Hyperparameter(0.5, name="alpha", bounds=(1.0, 0.0)),
         "`bounds` of `alpha` must be ordered. Got (1.0, 0.0).",
     ),
+    *[
+        type_error(
+            f"bounds that are {bounds!r}",
+            lambda *_, bounds=bounds: Hyperparameter(0.5, name="alpha", bounds=bounds),
+            "`bounds` of `alpha` must be a pair of numbers, (lower, upper), or None. "
+            f"Got {bounds!r}.",
+        )
+        for bounds in (3, (0.1,), ("0", "1"))
+    ],
+    *[
+        type_error(
+            f"a set that is {got}",
+            lambda *_, given=given: Hyperparameter(0.5, given, name="alpha"),
+            NOT_A_SET.format(got),
+        )
+        for given, got in (("positive", "'positive'"), ((0, 1), "(0, 1)"))
+    ],
+    *[
+        value_error(
+            f"an interval from {lower} to {upper}",
+            lambda *_, lower=lower, upper=upper: interval(lower, upper),
+            ENDS.format(lower, upper),
+        )
+        for lower, upper in ((1, 1), (1, 0), (0.0, float("inf")), (float("nan"), 1))
+    ],
 ]

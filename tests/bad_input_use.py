@@ -7,9 +7,18 @@ from typing import Any
 
 import torch
 from bad_input_bench import Bench, rejected, type_error, unsupported, value_error, window_error
+from support import batches, mse
 from torch import nn
 
-from hypertorch import HyperOptimizer, ValidationLoss, from_any_start
+from hypertorch import (
+    HyperOptimizer,
+    ValidationLoss,
+    check_hypergradient,
+    from_any_start,
+    hypergradient,
+    search_lr,
+    start_weight_decay,
+)
 
 NO_GRADIENT = (
     "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
@@ -25,6 +34,13 @@ NO_GRAPH = (
 USED_UP = (
     "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
     "remove `loss.backward()`, or make a plain step, `step()`, after it."
+)
+NOT_WRAPPED = (
+    "`optimizer` must be a HyperOptimizer. Got SGD. Wrap it: HyperOptimizer(optimizer, model, {})."
+)
+NOT_CLOSURES = (
+    "`inner_losses` must be a sequence of closures, one per training step. Got {}. "
+    "Pass [functools.partial(loss_fn, x, y)] or more of them."
 )
 WAIT = (
     "{} has to wait: a window is open, and its graph holds the weight. "
@@ -77,11 +93,32 @@ def with_outer(outer: Any) -> Callable[[Bench], HyperOptimizer]:
     return lambda b: b.wrap(window=1, update_every=1, outer_loss=lambda: outer(b))
 
 
-def start_anywhere(training: Any, validation: Any) -> Callable[[Bench, Any], Any]:
+def start_anywhere(
+    training: Any = None, validation: Any = None, criterion: Any = mse, **options: Any
+) -> Callable[[Bench, Any], Any]:
     """Start a run on loaders, of which `None` is a good one."""
     return lambda b, _: from_any_start(
-        b.optimizer, b.model, nn.functional.mse_loss, training or b.data, validation or b.data, 100
+        b.optimizer, b.model, criterion, training or b.data, validation or b.data, 100, **options
     )
+
+
+def each(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """A criterion that somebody forgot to reduce."""
+    return nn.functional.mse_loss(x, y, reduction="none")
+
+
+def nan_inputs() -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [(torch.full_like(x, torch.nan), y) for x, y in batches(8)]
+
+
+def functional(call: Any, inner: Callable[[Bench], Any]) -> Callable[[Bench, Any], Any]:
+    """Call a function of training steps on the bench's wrapper with such inner losses."""
+    return lambda b, wrapper: call(wrapper, inner(b), b.loss)
+
+
+def unwrapped(call: Any) -> Callable[[Bench, Any], Any]:
+    """Call a function of training steps on the bare optimizer."""
+    return lambda b, _: call(b.optimizer, [b.loss], b.loss)
 
 
 def add_shared_group(bench: Bench, wrapper: HyperOptimizer) -> None:
@@ -238,6 +275,92 @@ USE = [
         "A window of 3 steps is open, and `step()` got no loss to differentiate. Pass it, "
         "`step(loss)`, without calling backward; or switch learning off with `outer=None`.",
         Bench.in_window,
+    ),
+    *[
+        row
+        for call in (hypergradient, check_hypergradient, search_lr)
+        for row in (
+            type_error(
+                f"a bare optimizer for {call.__name__}",
+                unwrapped(call),
+                NOT_WRAPPED.format("outer_loss" if call is search_lr else "outer=None"),
+            ),
+            type_error(
+                f"one closure for {call.__name__}",
+                functional(call, lambda b: b.loss),
+                NOT_CLOSURES.format("method"),
+                Bench.wrap,
+            ),
+            type_error(
+                f"one loss for {call.__name__}",
+                functional(call, lambda b: torch.ones(())),
+                NOT_CLOSURES.format("Tensor"),
+                Bench.wrap,
+            ),
+            type_error(
+                f"losses for {call.__name__}",
+                functional(call, lambda b: [b.loss, torch.ones(())]),
+                NOT_CLOSURES.format("Tensor in it"),
+                Bench.wrap,
+            ),
+            value_error(
+                f"no losses for {call.__name__}",
+                functional(call, lambda b: []),
+                "`inner_losses` is empty. Pass one closure per training step.",
+                Bench.wrap,
+            ),
+            type_error(
+                f"an outer loss of {call.__name__} that is a tensor",
+                lambda b, wrapper, call=call: call(wrapper, [b.loss], torch.ones(())),
+                "`outer_loss` must be a callable that returns a scalar tensor. Got Tensor. "
+                "Pass ValidationLoss(model, criterion, val_loader).",
+                Bench.wrap,
+            ),
+        )
+    ],
+    type_error(
+        "a bare optimizer for start_weight_decay",
+        lambda b, _: start_weight_decay(b.optimizer, 100),
+        NOT_WRAPPED.format("outer_loss"),
+    ),
+    type_error(
+        "a run from any start with a criterion that is a class",
+        start_anywhere(criterion=nn.MSELoss),
+        "`criterion` must be callable with the model's outputs and the targets. Got the class "
+        "MSELoss. Pass torch.nn.functional.cross_entropy, or an object such as "
+        "torch.nn.CrossEntropyLoss().",
+    ),
+    type_error(
+        "a run from any start without an outer criterion",
+        start_anywhere(outer_criterion=None),
+        "`outer_criterion` must be callable with the model's outputs and the targets. Got "
+        "NoneType. Pass torch.nn.functional.cross_entropy, or an object such as "
+        "torch.nn.CrossEntropyLoss().",
+    ),
+    type_error(
+        "a run from any start with the folder of a writer",
+        start_anywhere(writer="runs/x"),
+        "`writer` must have an `add_scalar`. Got str. "
+        "Pass torch.utils.tensorboard.SummaryWriter(folder).",
+    ),
+    value_error(
+        "a run from any start with NaN in its training data",
+        start_anywhere(training=nan_inputs(), outer_criterion=mse),
+        "The loss of the first training batches is nan at the initial weights. Look for NaN in the "
+        "training data, and in the weights.",
+    ),
+    value_error(
+        "a run from any start with a criterion that is not reduced",
+        start_anywhere(criterion=each, outer_criterion=mse),
+        "The loss of the first training batches must be a scalar. Got shape (8, 2). "
+        "Reduce it: `loss.mean()`.",
+    ),
+    value_error(
+        "a run from any start with an outer criterion that is not reduced",
+        start_anywhere(outer_criterion=each),
+        "The loss of a validation batch must be a scalar. Got shape (8, 2). "
+        "Reduce it: `loss.mean()`. It is the `outer_criterion`, which judges on validation data, "
+        "and whose default is for classes. For anything else pass the criterion that counts.",
     ),
     type_error(
         "validation batches that are not pairs",

@@ -1,6 +1,7 @@
 """HyperOptimizer keeps what torch.optim.Optimizer promises, with learning off and with it on."""
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -128,6 +129,86 @@ def test_a_plain_step_where_a_window_is_due_says_once_that_nothing_is_learned_fr
     train_plainly(twin, other, batches(9))
     assert_close(weights(model), weights(twin), 1e-12)
     assert optimizer.hypergradients is None and not is_open(model)
+
+
+def test_a_closure_that_calls_backward_where_a_window_is_due_is_told_to_leave_that_out():
+    model, twin = network(), network()
+    optimizer, other = wrapped(built("AdamW", model), model), built("AdamW", twin)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with_closure(model, optimizer, batches(9))
+    assert [str(w.message) for w in caught] == [
+        "The closure called backward itself, which makes a plain step, from which Unroll() learns "
+        "nothing. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees to both."
+    ]
+    with_closure(twin, other, batches(9))
+    assert_close(weights(model), weights(twin), 1e-12)
+    assert optimizer.hypergradients is None and not is_open(model)
+
+
+@pytest.mark.parametrize(
+    ("engine", "steps", "said"),
+    [
+        (
+            hypertorch.Unroll(),
+            1,
+            "A window of 3 steps is open, and the closure called backward itself: no loss is left "
+            "to differentiate. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees "
+            "to both.",
+        ),
+        (
+            hypertorch.Replay(),
+            0,
+            "The graph of the closure's loss was used up before its step. `step(closure)` runs "
+            "backward itself: leave `backward()` and `zero_grad()` out of the closure, and let it "
+            "compute the loss anew.",
+        ),
+    ],
+)
+def test_a_closure_that_calls_backward_in_a_window_is_refused(engine, steps, said):
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, engine=engine, window=3, update_every=5)
+    with_bare_closure(model, optimizer, batches(steps))
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(hypertorch.WindowError) as caught:
+        with_closure(model, optimizer, batches(1))
+    assert str(caught.value) == said
+    assert_identical(before, [p.detach() for p in model.parameters()])
+
+
+def given(loss):
+    """Return a decorator's function: its `__wrapped__` has arguments, and it has none."""
+    return functools.wraps(loss)(lambda: loss(*batches(1)[0]))
+
+
+class OuterLoss(torch.nn.Module):
+    """A module without arguments."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self):
+        return mse(self.model(batches(1)[0][0]), batches(1)[0][1])
+
+
+@pytest.mark.parametrize(
+    "outer_loss",
+    [
+        lambda model: given(lambda x, y: mse(model(x), y)),
+        lambda model: functools.partial(lambda x, y: mse(model(x), y), *batches(1)[0]),
+        lambda model: lambda step=0: mse(model(batches(1)[step][0]), batches(1)[step][1]),
+        lambda model: lambda *args, **options: OuterLoss(model)(),
+        OuterLoss,
+        lambda model: OuterLoss(model).forward,
+    ],
+    ids=["decorated", "partial", "defaults", "any arguments", "a module", "a method"],
+)
+def test_an_outer_loss_may_be_anything_that_can_be_called_without_arguments(outer_loss):
+    model = network()
+    optimizer = wrapped(built("SGD", model), model, outer_loss=outer_loss(model))
+    train(model, optimizer, batches(3))
+    assert optimizer.hypergradients is not None
 
 
 def test_a_loss_that_was_refused_leaves_no_window_open():

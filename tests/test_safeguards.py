@@ -201,9 +201,16 @@ def test_a_loss_that_rises_again_after_each_rollback_says_what_is_allowed():
         train(model, optimizer, batches(60))
 
 
-def test_after_repeated_failure_it_gives_up_and_says_what_to_change():
+@pytest.mark.parametrize(
+    ("learn", "more"),
+    [
+        (("lr", "weight_decay"), ""),
+        (("weight_decay",), " Or learn `lr` too, so that a rollback can lower it."),
+    ],
+)
+def test_after_repeated_failure_it_gives_up_and_says_what_to_change(learn, more):
     model = network()
-    optimizer = wrapped(built("SGD", model), model, safeguards=Safeguards(patience=3))
+    optimizer = wrapped(built("SGD", model), model, learn=learn, safeguards=Safeguards(patience=3))
     data = batches(10)
     train(model, optimizer, data[:6])
     optimizer.close()
@@ -212,8 +219,7 @@ def test_after_repeated_failure_it_gives_up_and_says_what_to_change():
     assert isinstance(caught.value, ArithmeticError)
     assert str(caught.value) == (
         "Training diverged 3 times in a row; last, the inner loss is nan. The weights are back at "
-        "the last good state. Check the data for NaN, start from a smaller `lr`, or learn `lr` "
-        "too, so that a rollback can lower it."
+        f"the last good state. Check the data for NaN, or start from a smaller `lr`.{more}"
     )
     assert optimizer.rollbacks == 3
     assert not is_open(model) and all_finite(model, optimizer)
