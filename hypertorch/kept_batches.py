@@ -23,8 +23,8 @@ from .validation import Batch, generators_of, placed, with_own_iterator
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
-#: Steps after which a run is looked at, the batches for that, and by what factor their loss may then
-#: be above that of no training: ten steps of a trial do not tell every η that is too large.
+#: Steps after which a run is looked at, the batches for that, and by what factor their loss may
+#: then be above that of no training: a trial's ten steps do not tell every η that is too large.
 _LOOKS_AFTER, _LOOKS_AT, _HARMED = (20, 40, 90), 3, 1.2
 
 

@@ -174,10 +174,12 @@ class LearnedGroups:
         for g, name, value in self._expected:
             found = read_setting(self._groups[g], name)
             if found != value:
+                is_cycled = name == "momentum" or name.startswith("beta")
+                cure = "Stop the scheduler from cycling it (`cycle_momentum=False`)"
                 raise UnsupportedError(
-                    f"`{name}` of group {g} is learned, and something else set it to "
-                    f"{found}. Stop the scheduler from cycling it "
-                    f"(`cycle_momentum=False`), or do not learn `{name}`."
+                    f"`{name}` of group {g} is learned, and something else set it to {found}. "
+                    f"{cure if is_cycled else 'Leave it to the optimizer'}, or do not learn "
+                    f"`{name}`."
                 )
 
 

@@ -285,9 +285,10 @@ def test_windows_that_break_each_others_graph_say_so(rhythms):
             pair.play(step_somehow)
     assert str(caught.value) == (
         "The window cannot be differentiated: something wrote to a tensor in its graph, or ran "
-        "backward through it. Where its losses use weights that another optimizer trains, wrap "
-        "that one too, with the same `window` and `update_every`, and detach what a loss does "
-        "not train."
+        "backward through it. If you write to the weights, as in clipping, take them from "
+        "`model.parameters()` each time, not from a list made before the window. Where its losses "
+        "use weights that another optimizer trains, wrap that one too, with the same `window` and "
+        "`update_every`, and detach what a loss does not train."
     )
 
 

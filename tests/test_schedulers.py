@@ -211,6 +211,17 @@ def test_a_cycled_momentum_that_is_not_learned_is_followed(name, optimizer, when
     assert_close(weights(model), weights(twin), 1e-11)
 
 
+def test_a_learned_decay_that_somebody_sets_is_refused_without_talk_of_schedulers():
+    model = mlp()
+    wrapper = wrapped(built("SGD with momentum", model), model)
+    wrapper.param_groups[0]["weight_decay"] = 0.125
+    with pytest.raises(
+        hypertorch.UnsupportedError,
+        match=r"set it to 0\.125\. Leave it to the optimizer, or do not learn `weight_decay`\.",
+    ):
+        train(model, wrapper, batches(1))
+
+
 @pytest.mark.parametrize(
     ("optimizer", "setting"), [("SGD with momentum", "momentum"), ("AdamW", "beta1")]
 )

@@ -147,7 +147,8 @@ _GRAPH_IS_BROKEN = ("modified by an inplace operation", "backward through the gr
 def _broken_graph() -> WindowError:
     return WindowError(
         "The window cannot be differentiated: something wrote to a tensor in its graph, or ran "
-        "backward through it. Where its losses use weights that another optimizer trains, wrap "
-        "that one too, with the same `window` and `update_every`, and detach what a loss does "
-        "not train."
+        "backward through it. If you write to the weights, as in clipping, take them from "
+        "`model.parameters()` each time, not from a list made before the window. Where its losses "
+        "use weights that another optimizer trains, wrap that one too, with the same `window` and "
+        "`update_every`, and detach what a loss does not train."
     )
