@@ -50,7 +50,8 @@ def hypergradient(
 
     Raises:
         ArgumentError: there is no closure, or a loss is not a scalar.
-        UnsupportedError: the engine cannot do this, and which one can.
+        UnsupportedError: the engine cannot do this, and which one can; or something else set a
+            setting that is learned.
         WindowError: a loss does not depend on the model's weights.
 
     Cost: `engine.cost(K, …)` training steps or so, and one copy of the state.
@@ -78,7 +79,7 @@ def hypergradient(
     if engine.needs != "gradients":
         refuse_gradient_hooks(model, params, f"a window of {engine!r}")
     with as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
-        groups = LearnedGroups(bare, training.settings)
+        groups = optimizer._groups.apart()
         groups.start()
         engine.prepare(training)
         window = engine.open(training)

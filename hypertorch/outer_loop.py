@@ -43,13 +43,13 @@ class OuterLoop:
         optimizer: the bare optimizer.
         outer_loss: E.
         hyperparameters: what is learned, by name.
+        groups: the live param groups and what is learned in them.
         engine: how dE/dλ is computed.
         factory: builds the rule that moves ρ.
         safeguards: when to roll back.
         rhythm: the window's length and the steps between outer updates.
 
     Attributes:
-        groups: the live param groups and what is learned in them.
         position: how many steps of the present period have been made.
         overhead: what windows and outer losses have cost so far beyond the training steps
             themselves, in plain training steps.
@@ -64,6 +64,7 @@ class OuterLoop:
         optimizer: torch.optim.Optimizer,
         outer_loss: OuterLoss,
         hyperparameters: Mapping[str, Hyperparameter],
+        groups: LearnedGroups,
         engine: Engine,
         factory: OuterFactory,
         safeguards: Safeguards,
@@ -73,8 +74,7 @@ class OuterLoop:
         self.hyperparameters = dict(hyperparameters)
         self.engine, self.safeguards, self._factory = engine, safeguards, factory
         self.window, self.update_every = rhythm
-        settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
-        self.groups = LearnedGroups(optimizer, settings)
+        self.groups = groups
         self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
         self._age, self._cuts, self._steps_in_window = 0, 0, 0  # age: steps since a snapshot
@@ -267,6 +267,7 @@ class OuterLoop:
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the param group that was added last; the outer rule starts afresh."""
         self.groups.add_group(additions)
+        self.groups.start()
         self.training = self._new_training()
         place(self.hyperparameters.values(), params_of(self.optimizer)[0])
         self.settings_were_set()
@@ -275,6 +276,7 @@ class OuterLoop:
         """Learn on from the numbers that the param groups hold; what was before does not count."""
         self.safeguards.forget()
         self.groups.restart()
+        self.groups.start()
         self.position = 0
         self.settings_were_set()
 
