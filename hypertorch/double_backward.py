@@ -32,7 +32,7 @@ class TwiceDifferentiable:
     _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
-        self._switches = [_math_attention, _without_recomputation, _refusing_once_differentiable]
+        self._switches = [_math_attention, without_recomputation, _refusing_once_differentiable]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
@@ -103,7 +103,8 @@ def missing_derivative(error: Exception) -> str:
     """Return what to say if torch could not differentiate an operation twice; else nothing."""
     if "derivative for" not in str(error):
         return ""
-    return f"An operation that the loss uses has no second derivative: {error}"
+    said = str(error).rstrip(".\n ")
+    return f"An operation that the loss uses has no second derivative: {said}."
 
 
 def _math_attention() -> AbstractContextManager[None]:
@@ -131,11 +132,12 @@ class _Kept:
 
 
 @contextmanager
-def _without_recomputation() -> Iterator[None]:
+def without_recomputation() -> Iterator[None]:
     """Run checkpointed parts as they are.
 
-    A checkpoint would recompute them at the window's end, when the model holds later weights; a
-    reentrant one does not even reach the weights inside it.
+    A checkpoint would recompute them at the window's end, when the model holds later weights, or
+    after E, when it is in training's mode again; a reentrant one does not even reach the weights
+    inside it.
     """
     names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
     recomputing = [getattr(torch_checkpoint, name) for name in names]

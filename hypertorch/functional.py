@@ -5,12 +5,12 @@ model, optimizer, buffers and random numbers are left exactly as they were.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
 
-from .double_backward import TwiceDifferentiable
+from .double_backward import TwiceDifferentiable, without_recomputation
 from .dynamics import dynamics_of
 from .entries import dense
 from .errors import ArgumentError
@@ -88,7 +88,7 @@ def hypergradient(
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
             with hooks_set_aside(params), one_batch(outer_loss):
-                return dense(window.hypergradient(checked_outer(outer_loss, engine))[1])
+                return dense(window.hypergradient(checked_outer(outer_loss, engine, model))[1])
         finally:
             window.close()
 
@@ -118,7 +118,7 @@ def _step(
 def _switches(engine: Engine, optimizer: HyperOptimizer) -> AbstractContextManager[None]:
     if engine.differentiates_twice:
         return TwiceDifferentiable(optimizer.model).held()
-    return nullcontext()
+    return without_recomputation()
 
 
 @contextmanager
