@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .double_backward import check_embeddings
 from .dynamics import Dynamics, check_learnable
 from .errors import (
     ArgumentError,
@@ -59,14 +60,16 @@ def check_pieces(optimizer: Any, model: Any, outer_loss: Any, outer: Any, engine
             "learned of them. Leave `entries` to `hypergradient`."
         )
     _check_gradients_are_dense(model)
+    if outer is not None and (engine is None or engine.differentiates_twice):
+        check_embeddings(model)
 
 
 def _check_gradients_are_dense(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UnsupportedError(
-                f"`{name}` ({type(module).__name__}) has sparse gradients, which cannot be "
-                "differentiated twice. Build it with `sparse=False`."
+                f"`{name}` ({type(module).__name__}) has sparse gradients, and Φ takes "
+                "dense ones. Build it with `sparse=False`."
             )
 
 
