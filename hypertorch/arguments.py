@@ -1,6 +1,5 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -12,13 +11,12 @@ from .dynamics import Dynamics, check_learnable
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
-    HypertorchWarning,
     UnsupportedError,
     did_you_mean,
 )
 from .hypergradients import Engine, FiniteDifferences
 from .hyperparameters import Hyperparameter, held_as
-from .param_groups import starting_values
+from .param_groups import silent_unless, starting_values
 from .settings import Setting
 from .wrapper import OptimizerWrapper
 
@@ -119,9 +117,7 @@ def learned(
             )
         if isinstance(learn, Mapping) and isinstance(what, Hyperparameter):
             _check_is_used(name, what, optimizer, dynamics)
-        with warnings.catch_warnings():
-            if not is_learning:
-                warnings.simplefilter("ignore", HypertorchWarning)
+        with silent_unless(is_learning):
             found[name] = (
                 what
                 if isinstance(what, Hyperparameter)

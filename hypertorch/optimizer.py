@@ -296,7 +296,7 @@ class HyperOptimizer(OptimizerWrapper):
         Slots(self.model, params).check()
         new = {**self.defaults, **param_group, "params": params}
         check_options(type(self.optimizer).__name__, new)
-        additions = self._groups.additions(new)
+        additions = self._groups.additions(new, self._loop is not None)
         if self._loop:
             self._loop.cut()
         self.optimizer.add_param_group({**param_group, "params": params})

@@ -275,7 +275,7 @@ class OuterLoop:
     def restart(self) -> None:
         """Learn on from the numbers that the param groups hold; what was before does not count."""
         self.safeguards.forget()
-        self.groups.restart()
+        self.groups.restart(is_learning=True)
         self.groups.start()
         self.position = 0
         self.settings_were_set()

@@ -8,14 +8,16 @@ when it was made; neither may move under it. So a group's `lr` holds reference �
 While no scheduler is attached, the reference follows what is learned, and `lr` is η_t itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .dynamics import dynamics_of, read_setting, write_setting
-from .errors import ArgumentTypeError, UnsupportedError
+from .errors import ArgumentTypeError, HypertorchWarning, UnsupportedError
 from .hyperparameters import Hyperparameter, number_of
 from .settings import Setting, where_learned
 from .state import HOST_BUFFERS, State, params_of, set_state
@@ -114,13 +116,14 @@ class LearnedGroups:
                 group["lr"] = 1.0
         self.publish()
 
-    def additions(self, group: Mapping[str, Any]) -> dict[str, Setting]:
+    def additions(self, group: Mapping[str, Any], is_learning: bool = True) -> dict[str, Setting]:
         """Return what a new group adds to each setting, from the group's own values."""
         owner, shapes = type(self.optimizer).__name__, [p.shape for p in group["params"]]
-        return {
-            name: setting.addition(starting_values(owner, [group], name)[0], shapes)
-            for name, setting in self.settings.items()
-        }
+        with silent_unless(is_learning):
+            return {
+                name: setting.addition(starting_values(owner, [group], name)[0], shapes)
+                for name, setting in self.settings.items()
+            }
 
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the group that was added last; it is `start` that publishes."""
@@ -129,11 +132,12 @@ class LearnedGroups:
         self.reference.append(self._starting_rates()[-1])
         self._expected = self._held()
 
-    def restart(self) -> None:
+    def restart(self, is_learning: bool = False) -> None:
         """Take the numbers that the groups now hold; it is `start` that publishes."""
         owner = type(self.optimizer).__name__
-        for name, setting in self.settings.items():
-            setting.restart(starting_values(owner, self._groups, name))
+        with silent_unless(is_learning):
+            for name, setting in self.settings.items():
+                setting.restart(starting_values(owner, self._groups, name))
         self.reference = self._starting_rates()
         self._expected = self._held()
 
@@ -201,6 +205,15 @@ class LearnedGroups:
                     f"{found}. Stop the scheduler from cycling it "
                     f"(`cycle_momentum=False`), or do not learn `{name}`."
                 )
+
+
+@contextmanager
+def silent_unless(is_learning: bool) -> Iterator[None]:
+    """Within, do not warn of where λ starts, unless it is learned."""
+    with warnings.catch_warnings():
+        if not is_learning:
+            warnings.simplefilter("ignore", HypertorchWarning)
+        yield
 
 
 def _as_number(held: Any) -> Any:

@@ -431,7 +431,7 @@ def test_an_embedding_that_scales_by_frequency_is_refused_where_it_is_differenti
     model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(6, 1)).double()
     bare = optim.SGD(model.parameters(), lr=0.1)
     optimizer = hypertorch.HyperOptimizer(bare, model, learn="lr", outer=None)
-    with pytest.raises(hypertorch.UnsupportedError, match="`0` .Embedding. has `scale_grad_by"):
+    with pytest.raises(hypertorch.UnsupportedError, match=r"`0` .Embedding. has `scale_grad_by"):
         hypertorch.hypergradient(optimizer, [loss], loss)
     engine = hypertorch.FirstOrder()
     found = hypertorch.hypergradient(optimizer, [loss], loss, engine)["lr"]
