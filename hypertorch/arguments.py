@@ -1,25 +1,24 @@
 """What a HyperOptimizer accepts, checked before anything is touched."""
 
 import inspect
-import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .double_backward import check_embeddings
 from .dynamics import Dynamics, check_learnable
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
-    HypertorchWarning,
     UnsupportedError,
     did_you_mean,
     kind_of,
 )
 from .hypergradients import Engine, FiniteDifferences
 from .hyperparameters import Hyperparameter, held_as
-from .param_groups import starting_values
+from .param_groups import silent_unless, starting_values
 from .safeguards import Safeguards
 from .settings import Setting
 from .wrapper import OptimizerWrapper
@@ -77,6 +76,8 @@ def check_pieces(
             "Pass Safeguards(patience=20) or the like, or None for the default."
         )
     _check_gradients_are_dense(model)
+    if outer is not None and (engine is None or engine.differentiates_twice):
+        check_embeddings(model)
 
 
 def check_outer_loss(outer_loss: Any) -> None:
@@ -114,8 +115,8 @@ def _check_gradients_are_dense(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if getattr(module, "sparse", False) is True:
             raise UnsupportedError(
-                f"`{name}` ({type(module).__name__}) has sparse gradients, which cannot be "
-                "differentiated twice. Build it with `sparse=False`."
+                f"`{name}` ({type(module).__name__}) has sparse gradients, and Φ takes "
+                "dense ones. Build it with `sparse=False`."
             )
 
 
@@ -166,9 +167,7 @@ def learned(
         is_claimed = isinstance(learn, Mapping) or name == "lr"  # a loss has no `lr` of its own
         if is_claimed and isinstance(what, Hyperparameter):
             _check_is_used(name, what, optimizer, dynamics)
-        with warnings.catch_warnings():
-            if not is_learning:
-                warnings.simplefilter("ignore", HypertorchWarning)
+        with silent_unless(is_learning):
             found[name] = (
                 what
                 if isinstance(what, Hyperparameter)

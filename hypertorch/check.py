@@ -194,6 +194,9 @@ def _causes(model: nn.Module, rows: Sequence[Comparison]) -> list[str]:
     causes = [
         "A tensor of the loss was cut from the graph (`.detach()`, `.item()`, `.data`, a copy of "
         "the weights) or changed in place between its use and the step.",
+        "A backward that is not the derivative of its forward: a straight-through estimate, a "
+        "reversed or stopped gradient, a hook on an activation, `padding_idx` on an embedding "
+        "whose weight another layer uses too. Central differences see the forward pass alone.",
         "The engine is an estimate: see its docstring for what it leaves out, and `cosine` for how "
         "far that turns the hypergradient.",
     ]

@@ -32,7 +32,8 @@ class TwiceDifferentiable:
     _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
-        self._switches = [_math_attention, _without_recomputation, _refusing_once_differentiable]
+        self._model = model
+        self._switches = [_math_attention, without_recomputation, _refusing_once_differentiable]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
@@ -42,9 +43,14 @@ class TwiceDifferentiable:
             self._switches.append(_without_cudnn)
 
     def hold(self) -> None:
-        """Throw the switches, unless this object holds them already."""
+        """Throw the switches, unless this object holds them already.
+
+        Raises:
+            UnsupportedError: there is none for a module.
+        """
         if self in self._holders:
             return
+        check_embeddings(self._model)
         for switch in self._switches:
             TwiceDifferentiable._way_back.enter_context(switch())
         self._holders.append(self)
@@ -64,6 +70,21 @@ class TwiceDifferentiable:
             yield
         finally:
             self.release()
+
+
+def check_embeddings(model: nn.Module) -> None:
+    """Refuse what torch differentiates twice as if it were something else.
+
+    Raises:
+        UnsupportedError: names the module.
+    """
+    for name, module in model.named_modules():
+        if getattr(module, "scale_grad_by_freq", False) is True:
+            raise UnsupportedError(
+                f"`{name}` ({type(module).__name__}) has `scale_grad_by_freq=True`, which torch "
+                "leaves out of second derivatives. Build it without; or learn by `FirstOrder` or "
+                "`Displacement`, which need none."
+            )
 
 
 def seed(loss: Tensor) -> Tensor:
@@ -103,7 +124,8 @@ def missing_derivative(error: Exception) -> str:
     """Return what to say if torch could not differentiate an operation twice; else nothing."""
     if "derivative for" not in str(error):
         return ""
-    return f"An operation that the loss uses has no second derivative: {error}"
+    said = str(error).rstrip(".\n ")
+    return f"An operation that the loss uses has no second derivative: {said}."
 
 
 def _math_attention() -> AbstractContextManager[None]:
@@ -131,11 +153,12 @@ class _Kept:
 
 
 @contextmanager
-def _without_recomputation() -> Iterator[None]:
+def without_recomputation() -> Iterator[None]:
     """Run checkpointed parts as they are.
 
-    A checkpoint would recompute them at the window's end, when the model holds later weights; a
-    reentrant one does not even reach the weights inside it.
+    A checkpoint would recompute them at the window's end, when the model holds later weights, or
+    after E, when it is in training's mode again; a reentrant one does not even reach the weights
+    inside it.
     """
     names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
     recomputing = [getattr(torch_checkpoint, name) for name in names]

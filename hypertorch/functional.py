@@ -5,14 +5,14 @@ model, optimizer, buffers and random numbers are left exactly as they were.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .arguments import check_outer_loss
-from .double_backward import TwiceDifferentiable
+from .double_backward import TwiceDifferentiable, without_recomputation
 from .dynamics import dynamics_of
 from .entries import dense
 from .errors import ArgumentError, ArgumentTypeError, kind_of
@@ -53,7 +53,8 @@ def hypergradient(
     Raises:
         ArgumentError: there is no closure, or a loss is not a scalar.
         ArgumentTypeError: `optimizer` is not wrapped, or something else is no closure.
-        UnsupportedError: the engine cannot do this, and which one can.
+        UnsupportedError: the engine cannot do this, and which one can; or something else set a
+            setting that is learned.
         WindowError: a loss does not depend on the model's weights.
 
     Cost: `engine.cost(K, …)` training steps or so, and one copy of the state.
@@ -82,7 +83,7 @@ def hypergradient(
     if engine.needs != "gradients":
         refuse_gradient_hooks(model, params, f"a window of {engine!r}")
     with as_it_was(optimizer), _switches(engine, optimizer), torch.enable_grad():
-        groups = LearnedGroups(bare, training.settings)
+        groups = optimizer._groups.apart()
         groups.start()
         engine.prepare(training)
         window = engine.open(training)
@@ -91,7 +92,7 @@ def hypergradient(
                 window.step(_step(optimizer, groups, engine, checked(inner_loss, "An inner loss")))
                 window.follow()
             with hooks_set_aside(params), one_batch(outer_loss):
-                return dense(window.hypergradient(checked_outer(outer_loss, engine))[1])
+                return dense(window.hypergradient(checked_outer(outer_loss, engine, model))[1])
         finally:
             window.close()
 
@@ -156,7 +157,7 @@ def _step(
 def _switches(engine: Engine, optimizer: HyperOptimizer) -> AbstractContextManager[None]:
     if engine.differentiates_twice:
         return TwiceDifferentiable(optimizer.model).held()
-    return nullcontext()
+    return without_recomputation()
 
 
 @contextmanager

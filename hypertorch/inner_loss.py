@@ -12,15 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from .arguments import check_loss
+from .double_backward import without_recomputation
 from .errors import ArgumentError, WindowError
 from .gradient_hooks import hooks_set_aside
 from .hypergradients import Engine, OuterLoss
-from .surroundings import leaving_no_trace
+from .surroundings import keeping_modes, leaving_no_trace
 from .validation import ValidationLoss
 
 WRITTEN_TO = (
-    "Weights were written to between the steps of a window, for the third time. That cuts the "
-    "window short, and little is learned. Make the change a part of the model "
+    "Weights were written to, frozen or released between the steps of a window, for the third "
+    "time. That cuts the window short, and little is learned. Make the change a part of the model "
     "(torch.nn.utils.parametrize), or make it once per `update_every` steps."
 )
 LEFT_OUT = (
@@ -133,9 +134,18 @@ def checked(loss: OuterLoss, what: str, has_graph: bool = True) -> OuterLoss:
     return evaluate
 
 
-def checked_outer(outer_loss: OuterLoss, engine: Engine) -> OuterLoss:
-    """Return E, which raises unless it returns what `engine` needs."""
-    return checked(outer_loss, "The outer loss", engine.differentiates_outer_loss)
+def checked_outer(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> OuterLoss:
+    """Return E, which raises unless it returns what `engine` needs, and keeps the model's modes.
+
+    What is computed after it, a step made again or `inner_loss`, is in training's modes then.
+    """
+    loss = checked(outer_loss, "The outer loss", engine.differentiates_outer_loss)
+
+    def evaluate() -> Tensor:
+        with keeping_modes(model):
+            return loss()
+
+    return evaluate
 
 
 def one_batch(outer_loss: OuterLoss) -> AbstractContextManager[None]:
@@ -154,7 +164,8 @@ def guarded(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Iterator
     is_safe = is_own and engine.runs_outer_loss_alone
     no_trace = nullcontext() if is_safe else leaving_no_trace(model)
     torch.clear_autocast_cache()  # of weights as they were before the step
-    with no_trace, hooks_set_aside(model.parameters()), one_batch(outer_loss):
+    unhooked = hooks_set_aside(model.parameters())
+    with no_trace, without_recomputation(), unhooked, one_batch(outer_loss):
         yield
 
 

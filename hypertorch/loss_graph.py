@@ -1,8 +1,9 @@
 """What the graph of an inner loss says of where it comes from, and what torch says of it."""
 
-from collections.abc import Sequence
-from typing import NoReturn
+from collections.abc import Sequence, Set
+from typing import Any, NoReturn
 
+import torch
 from torch import Tensor
 
 from .double_backward import missing_derivative
@@ -21,14 +22,7 @@ def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor
     """
     replaced = {id(p) for p, w in zip(live, fast, strict=True) if w is not p}
     present = {w.grad_fn for w in fast if w.grad_fn is not None}
-    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
-    while ahead:
-        node = ahead.pop()
-        if node in present or node is None:
-            continue
-        new = [following for following, _ in node.next_functions if following not in seen]
-        seen.update(new)
-        ahead += new
+    seen = _nodes(loss, present)
     is_old = any(id(getattr(node, "variable", None)) in replaced for node in seen)
     if is_old and not present.isdisjoint(seen):
         raise WindowError(
@@ -36,6 +30,28 @@ def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor
             "taken before. Take weights from the model in every step: "
             "`model.parameters()`, `model.layer.weight`."
         )
+
+
+def narrowest(loss: Tensor) -> torch.dtype:
+    """Return the narrowest type of float that `loss` is computed in, as within autocast.
+
+    Cost: one walk over its graph.
+    """
+    held = [m.dtype for node in _nodes(loss) if node for m in node._input_metadata]
+    return min((d for d in [loss.dtype, *held] if d.is_floating_point), key=lambda d: d.itemsize)
+
+
+def _nodes(loss: Tensor, ends: Set[Any] = frozenset()) -> set[Any]:
+    """Return the nodes of a loss's graph, those in `ends` and `None` for constants included."""
+    seen, ahead = {loss.grad_fn}, [loss.grad_fn]
+    while ahead:
+        node = ahead.pop()
+        if node in ends or node is None:
+            continue
+        new = [following for following, _ in node.next_functions if following not in seen]
+        seen.update(new)
+        ahead += new
+    return seen
 
 
 def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:

@@ -23,7 +23,7 @@ from .loss_graph import explain
 from .monitor import Monitor, choices
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
-from .param_groups import load_optimizer
+from .param_groups import LearnedGroups, load_optimizer
 from .safeguards import Diverged, Safeguards
 from .slots import Slots
 from .transition import Gradients
@@ -122,6 +122,7 @@ class HyperOptimizer(OptimizerWrapper):
         self.hyperparameters = arguments.learned(learn, optimizer, dynamics, outer is not None)
         arguments.place(self.hyperparameters.values(), self._params()[0])
         self._steps, self._warned = 0, set[str]()
+        self._groups = LearnedGroups(optimizer, self.hyperparameters)
         self._loop: OuterLoop | None = None
         if outer is not None and outer_loss is not None:
             self._loop = OuterLoop(
@@ -129,6 +130,7 @@ class HyperOptimizer(OptimizerWrapper):
                 optimizer,
                 outer_loss,
                 self.hyperparameters,
+                self._groups,
                 engine or Unroll(),
                 outer,
                 deepcopy(Safeguards() if safeguards is None else safeguards),
@@ -294,12 +296,11 @@ class HyperOptimizer(OptimizerWrapper):
         Slots(self.model, params).check()
         new = {**self.defaults, **param_group, "params": params}
         check_options(type(self.optimizer).__name__, new)
-        additions = self._loop.groups.additions(new) if self._loop else {}
+        additions = self._groups.additions(new, self._loop is not None)
         if self._loop:
             self._loop.cut()
         self.optimizer.add_param_group({**param_group, "params": params})
-        if self._loop:
-            self._loop.add_group(additions)
+        (self._loop or self._groups).add_group(additions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of weights' optimizer and of everything learned.
@@ -333,8 +334,8 @@ class HyperOptimizer(OptimizerWrapper):
         self._steps = own["steps"] if own else 0
         if self._loop is not None and own:
             self._loop.load_state_dict(own)
-        elif self._loop is not None:
-            self._loop.restart()
+        else:
+            (self._loop or self._groups).restart()
 
     def __getstate__(self) -> dict[str, Any]:
         if self._loop:

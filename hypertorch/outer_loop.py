@@ -43,13 +43,13 @@ class OuterLoop:
         optimizer: the bare optimizer.
         outer_loss: E.
         hyperparameters: what is learned, by name.
+        groups: the live param groups and what is learned in them.
         engine: how dE/dλ is computed.
         factory: builds the rule that moves ρ.
         safeguards: when to roll back.
         rhythm: the window's length and the steps between outer updates.
 
     Attributes:
-        groups: the live param groups and what is learned in them.
         position: how many steps of the present period have been made.
         overhead: what windows and outer losses have cost so far beyond the training steps
             themselves, in plain training steps.
@@ -64,6 +64,7 @@ class OuterLoop:
         optimizer: torch.optim.Optimizer,
         outer_loss: OuterLoss,
         hyperparameters: Mapping[str, Hyperparameter],
+        groups: LearnedGroups,
         engine: Engine,
         factory: OuterFactory,
         safeguards: Safeguards,
@@ -72,9 +73,7 @@ class OuterLoop:
         self.model, self.optimizer, self.outer_loss = model, optimizer, outer_loss
         self.hyperparameters = dict(hyperparameters)
         self.engine, self.safeguards, self._factory = engine, safeguards, factory
-        self.window, self.update_every = rhythm
-        settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
-        self.groups = LearnedGroups(optimizer, settings)
+        self.groups, (self.window, self.update_every) = groups, rhythm
         self._carried: Carried | None = None
         self.position, self.overhead = 0, 0.0
         self._age, self._cuts, self._steps_in_window = 0, 0, 0  # age: steps since a snapshot
@@ -210,7 +209,7 @@ class OuterLoop:
         """Differentiate the outer loss through the window, close it, and move ρ."""
         try:
             with guarded(self.outer_loss, self.engine, self.model), torch.enable_grad():
-                checked = checked_outer(self.outer_loss, self.engine)
+                checked = checked_outer(self.outer_loss, self.engine, self.model)
                 outer_loss, hypergradients = self._open[0].hypergradient(checked)
             self.safeguards.settle()
             self.safeguards.judge_update(outer_loss, hypergradients)
@@ -270,6 +269,7 @@ class OuterLoop:
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the param group that was added last; the outer rule starts afresh."""
         self.groups.add_group(additions)
+        self.groups.start()
         self.training = self._new_training()
         place(self.hyperparameters.values(), params_of(self.optimizer)[0])
         self.settings_were_set()
@@ -277,7 +277,8 @@ class OuterLoop:
     def restart(self) -> None:
         """Learn on from the numbers that the param groups hold; what was before does not count."""
         self.safeguards.forget()
-        self.groups.restart()
+        self.groups.restart(is_learning=True)
+        self.groups.start()
         self.position = 0
         self.settings_were_set()
 

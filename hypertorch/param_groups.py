@@ -8,14 +8,16 @@ when it was made; neither may move under it. So a group's `lr` holds reference �
 While no scheduler is attached, the reference follows what is learned, and `lr` is η_t itself.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from .dynamics import dynamics_of, read_setting, write_setting
-from .errors import ArgumentTypeError, UnsupportedError
+from .errors import ArgumentTypeError, HypertorchWarning, UnsupportedError
 from .hyperparameters import Hyperparameter, number_of
 from .settings import Setting, where_learned
 from .state import HOST_BUFFERS, State, params_of, set_state
@@ -27,20 +29,47 @@ class LearnedGroups:
 
     Args:
         optimizer: the bare optimizer, whose groups are live.
-        settings: the learned settings, by name.
+        hyperparameters: what is learned, by name; its settings are what counts here.
+        reference: of the rate in each group; default: the rate that it starts with.
 
     Attributes:
         are_scalar: whether torch's own step can use what is learned.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, settings: Mapping[str, Setting]) -> None:
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        hyperparameters: Mapping[str, Hyperparameter],
+        reference: Sequence[float] | None = None,
+    ) -> None:
         self.optimizer = optimizer
         self.dynamics = dynamics_of(optimizer)
-        self.settings = dict(settings)
+        self.settings = {n: h for n, h in hyperparameters.items() if isinstance(h, Setting)}
         self.are_scalar = all(setting.is_scalar for setting in self.settings.values())
-        self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
+        self.reference = self._starting_rates() if reference is None else list(reference)
         self._published: dict[str, list[float]] = {}
-        self._expected: list[tuple[int, str, float]] = []  # what the groups must still hold
+        self._expected = self._held()  # what the groups must still hold
+
+    def _starting_rates(self) -> list[float]:
+        return [float(g.get("initial_lr", g["lr"])) for g in self._groups]
+
+    def _held(self) -> list[tuple[int, str, float]]:
+        """Return what the groups hold of what is learned, but for `lr`."""
+        return [
+            (g, name, read_setting(group, name))
+            for name, setting in self.settings.items()
+            for g, group in enumerate(self._groups)
+            if name != "lr" and setting.learned_in[g]
+        ]
+
+    def apart(self) -> "LearnedGroups":
+        """Return the same groups and schedules, for steps that are taken back.
+
+        Raises:
+            UnsupportedError: something else set what is learned.
+        """
+        self._check_nobody_else_wrote()
+        return LearnedGroups(self.optimizer, self.settings, self.reference)
 
     @property
     def _groups(self) -> list[dict[str, Any]]:
@@ -63,16 +92,12 @@ class LearnedGroups:
             return
         means = torch.stack([setting.group_means() for setting in self.settings.values()])
         values = dict(zip(self.settings, means.tolist(), strict=True))
-        learned = [
-            (g, name, value)
-            for name, by_group in values.items()
-            for g, value in enumerate(by_group)
-            if self.settings[name].learned_in[g]
-        ]
-        for g, name, value in learned:
-            self._publish_one(name, g, value)
+        for name, by_group in values.items():
+            for g, value in enumerate(by_group):
+                if self.settings[name].learned_in[g]:
+                    self._publish_one(name, g, value)
         self._published = values
-        self._expected = [(g, name, value) for g, name, value in learned if name != "lr"]
+        self._expected = self._held()
 
     def _publish_one(self, name: str, g: int, value: float) -> None:
         group = self._groups[g]
@@ -91,29 +116,30 @@ class LearnedGroups:
                 group["lr"] = 1.0
         self.publish()
 
-    def additions(self, group: Mapping[str, Any]) -> dict[str, Setting]:
+    def additions(self, group: Mapping[str, Any], is_learning: bool = True) -> dict[str, Setting]:
         """Return what a new group adds to each setting, from the group's own values."""
         owner, shapes = type(self.optimizer).__name__, [p.shape for p in group["params"]]
-        return {
-            name: setting.addition(starting_values(owner, [group], name)[0], shapes)
-            for name, setting in self.settings.items()
-        }
+        with silent_unless(is_learning):
+            return {
+                name: setting.addition(starting_values(owner, [group], name)[0], shapes)
+                for name, setting in self.settings.items()
+            }
 
     def add_group(self, additions: Mapping[str, Setting]) -> None:
-        """Learn the settings of the group that was added last, as the others are."""
+        """Take in the group that was added last; it is `start` that publishes."""
         for name, setting in self.settings.items():
             setting.extend(additions[name])
-        new = self._groups[-1]
-        self.reference.append(float(new.get("initial_lr", new["lr"])))
-        self.start()
+        self.reference.append(self._starting_rates()[-1])
+        self._expected = self._held()
 
-    def restart(self) -> None:
-        """Learn on from the numbers that the groups now hold."""
+    def restart(self, is_learning: bool = False) -> None:
+        """Take the numbers that the groups now hold; it is `start` that publishes."""
         owner = type(self.optimizer).__name__
-        for name, setting in self.settings.items():
-            setting.restart(starting_values(owner, self._groups, name))
-        self.reference = [float(g.get("initial_lr", g["lr"])) for g in self._groups]
-        self.start()
+        with silent_unless(is_learning):
+            for name, setting in self.settings.items():
+                setting.restart(starting_values(owner, self._groups, name))
+        self.reference = self._starting_rates()
+        self._expected = self._held()
 
     def saved(self, groups: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
         """Return the groups of a state dict as any optimizer loads them: numbers, η_t as `lr`."""
@@ -181,6 +207,15 @@ class LearnedGroups:
                     f"{cure if is_cycled else 'Leave it to the optimizer'}, or do not learn "
                     f"`{name}`."
                 )
+
+
+@contextmanager
+def silent_unless(is_learning: bool) -> Iterator[None]:
+    """Within, do not warn of where λ starts, unless it is learned."""
+    with warnings.catch_warnings():
+        if not is_learning:
+            warnings.simplefilter("ignore", HypertorchWarning)
+        yield
 
 
 def _as_number(held: Any) -> Any:

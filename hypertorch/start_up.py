@@ -280,10 +280,7 @@ class _Search:
         with as_it_was(self.optimizer), self.lr.at(self.ratios * rate):
             for group in self.optimizer.param_groups:
                 group.pop("initial_lr", None)  # a schedule, such as a warm-up, does not count
-            settings = {
-                n: h for n, h in self.optimizer.hyperparameters.items() if isinstance(h, Setting)
-            }
-            groups = LearnedGroups(self.optimizer.optimizer, settings)
+            groups = LearnedGroups(self.optimizer.optimizer, self.optimizer.hyperparameters)
             groups.start()
             params, losses = self.optimizer._params(), list[float]()
             for inner_loss in inner:

@@ -82,14 +82,23 @@ class RandomState(TorchRandomState):
 
 
 @contextmanager
-def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Within, the model may be used freely; after, its modes, buffers and the RNG are as before."""
+def keeping_modes(model: nn.Module) -> Iterator[None]:
+    """Within, modules may be set to train or to evaluate; after, each has its mode of before."""
     modes = [(module, module.training) for module in model.modules()]
-    buffers, randomness = ModuleBuffers(model), RandomState()
     try:
         yield
     finally:
         for module, training in modes:
             module.training = training
-        buffers.restore()
-        randomness.restore()
+
+
+@contextmanager
+def leaving_no_trace(model: nn.Module) -> Iterator[None]:
+    """Within, the model may be used freely; after, its modes, buffers and the RNG are as before."""
+    buffers, randomness = ModuleBuffers(model), RandomState()
+    with keeping_modes(model):
+        try:
+            yield
+        finally:
+            buffers.restore()
+            randomness.restore()

@@ -68,6 +68,10 @@ def sparse_embedding(bench: Bench) -> nn.Module:
     return nn.Sequential(nn.Embedding(3, 2, sparse=True))
 
 
+def scaling_embedding(bench: Bench) -> nn.Module:
+    return nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True))
+
+
 def wrap_embedding(bench: Bench, model: nn.Module) -> None:
     HyperOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: torch.tensor(0.0))
 
@@ -399,9 +403,17 @@ ARGUMENTS = [
     unsupported(
         "an embedding with sparse gradients",
         wrap_embedding,
-        "`0` (Embedding) has sparse gradients, which cannot be differentiated twice. "
+        "`0` (Embedding) has sparse gradients, and Φ takes dense ones. "
         "Build it with `sparse=False`.",
         sparse_embedding,
+    ),
+    unsupported(
+        "an embedding whose second derivative is another one's",
+        wrap_embedding,
+        "`0` (Embedding) has `scale_grad_by_freq=True`, which torch leaves out of second "
+        "derivatives. Build it without; or learn by `FirstOrder` or `Displacement`, which need "
+        "none.",
+        scaling_embedding,
     ),
     unsupported(
         "complex parameters",

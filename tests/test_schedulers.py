@@ -272,3 +272,66 @@ def test_every_group_has_a_schedule_of_its_own():
             w - r * g for w, r, g in zip(before, [first, first, second, second], grads, strict=True)
         ]
         assert_close(weights(model), expected, 1e-10)
+
+
+#: Learning that moves nothing.
+AT_REST = partial(torch.optim.SGD, lr=0.0)
+
+
+@pytest.mark.parametrize("outer", [None, AT_REST], ids=["learning off", "learning"])
+@pytest.mark.parametrize("name", [*SCHEDULERS, "set by hand"])
+def test_the_functional_form_differentiates_at_the_present_rate(name, outer):
+    """On L(w) = w and E(w) = (w + 9)², dE/dλ of K steps at η is −2 K (w_K + 9) η / λ."""
+    line = Line()
+    optimizer = line.wrap(outer=outer)
+    scheduler = SCHEDULERS[name](optimizer) if name in SCHEDULERS else None
+    for t in range(6):
+        line.step()
+        if scheduler is not None:
+            advance(scheduler, t)
+    if scheduler is None:
+        optimizer.param_groups[0]["lr"] *= 0.25
+    present = optimizer.param_groups[0]["lr"]
+
+    def outer_loss():
+        return (line.loss() + 9).square()
+
+    found = hypertorch.hypergradient(optimizer, [line.loss] * 3, outer_loss)["lr"]
+
+    expected = -2 * 3 * (line.position - 3 * present + 9) * present / START
+    assert_close([found.squeeze()], [torch.tensor(expected, dtype=torch.float64)], rtol=1e-10)
+    assert optimizer.param_groups[0]["lr"] == present
+
+
+@pytest.mark.parametrize("outer", [None, AT_REST], ids=["learning off", "learning"])
+def test_a_setting_that_is_learned_and_set_by_hand_is_refused_by_the_functional_form(outer):
+    line = Line()
+    line.optimizer = built("SGD with momentum", line.model)
+    optimizer = line.wrap(outer=outer, learn=["lr", "momentum"])
+    optimizer.param_groups[0]["momentum"] = 0.5
+
+    with pytest.raises(hypertorch.UnsupportedError, match="`momentum` of group 0 is learned, and"):
+        hypertorch.hypergradient(optimizer, [line.loss] * 3, lambda: line.loss().square())
+
+    assert optimizer.param_groups[0]["momentum"] == 0.5
+
+
+def test_with_learning_off_a_new_group_and_loaded_settings_are_differentiated():
+    """As they are for a wrapper that is made afterwards."""
+    model = mlp()
+    first, last = model[0], model[2]
+    bare = torch.optim.SGD(first.parameters(), lr=0.1, weight_decay=0.01)
+    optimizer = wrapped(bare, model, outer=None)
+    optimizer.add_param_group({"params": list(last.parameters()), "lr": 0.3})
+    state = optimizer.state_dict()
+    for group in state["param_groups"]:
+        group["weight_decay"] = 0.2
+    optimizer.load_state_dict(state)
+    losses = [lambda x=x, y=y: mse(model(x), y) for x, y in batches(3)]
+
+    found = hypertorch.hypergradient(optimizer, losses, losses[0])
+
+    anew = hypertorch.hypergradient(wrapped(bare, model, outer=None), losses, losses[0])
+    for name in anew:
+        assert len(found[name]) == 2
+        assert_close([found[name]], [anew[name]])

@@ -350,6 +350,178 @@ def test_activation_checkpoints_neither_cut_the_path_nor_recompute_with_later_we
     assert ours == pytest.approx(expected, rel=1e-12)
 
 
+def by_hand(model: nn.Module, outer_loss: Callable[[nn.Module], Tensor]) -> float:
+    """Return dE/dη = −∇E · ∇L of a plain SGD step that was made along what is in `.grad`."""
+    trained = [p for p in model.parameters() if p.grad is not None]
+    found = torch.autograd.grad(outer_loss(model), trained)
+    return -sum(float((e * p.grad).sum()) for e, p in zip(found, trained, strict=True))
+
+
+def step(optimizer: Any, inner_loss: Callable[[], Tensor]) -> None:
+    """Make a step in the way that suits the optimizer's engine."""
+    loop = getattr(optimizer, "_loop", None)
+    optimizer.zero_grad()
+    if loop and loop.engine.needs != "gradients":
+        optimizer.step(inner_loss)
+    else:
+        inner_loss().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("engine", [hypertorch.FirstOrder(), hypertorch.Displacement()])
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_the_gradient_of_the_outer_loss_alone_reaches_the_weights_of_activation_checkpoints(
+    use_reentrant: bool, learning: bool, engine: Any
+) -> None:
+    """And those are not recomputed in another mode than that of E."""
+
+    class OfEval(Checkpointed):
+        def __init__(self) -> None:
+            super().__init__(use_reentrant)
+            self.body.insert(2, nn.Dropout(0.5))
+
+    def seeded(model: nn.Module) -> Tensor:
+        torch.manual_seed(0)
+        return inner(model)
+
+    def in_eval(model: nn.Module) -> Tensor:
+        model.eval()
+        found = outer(model)
+        model.train()
+        return found
+
+    plain = OfEval().body
+    step(optim.SGD(plain.parameters(), lr=0.1), lambda: seeded(plain))
+    expected = by_hand(plain, in_eval)
+
+    model = OfEval()
+    bare = optim.SGD(model.parameters(), lr=0.1)
+    if learning:
+        rule = partial(optim.SGD, lr=0.0)
+        optimizer = hypertorch.HyperOptimizer(
+            bare,
+            model,
+            lambda: in_eval(model),
+            "lr",
+            window=1,
+            update_every=1,
+            engine=engine,
+            outer=rule,
+        )
+        step(optimizer, lambda: seeded(model))
+        ours = optimizer.hypergradients["lr"]
+    else:
+        optimizer = hypertorch.HyperOptimizer(bare, model, learn="lr", outer=None)
+        losses = [lambda: seeded(model)]
+        ours = hypertorch.hypergradient(optimizer, losses, lambda: in_eval(model), engine)["lr"]
+    assert float(ours.sum()) == pytest.approx(expected, rel=1e-10)
+
+
+def test_an_embedding_that_scales_by_frequency_is_refused_where_it_is_differentiated_twice() -> (
+    None
+):
+    """Torch's double backward leaves the scaling out; a first gradient has it."""
+    indices = torch.tensor([[0, 1, 1], [2, 2, 2]])
+
+    def loss() -> Tensor:
+        return (model(indices) - 1).square().mean()
+
+    embedding = nn.Embedding(3, 2, scale_grad_by_freq=True)
+    model = nn.Sequential(embedding, nn.Flatten(), nn.Linear(6, 1)).double()
+    bare = optim.SGD(model.parameters(), lr=0.1)
+    optimizer = hypertorch.HyperOptimizer(bare, model, learn="lr", outer=None)
+    with pytest.raises(hypertorch.UnsupportedError, match=r"`0` .Embedding. has `scale_grad_by"):
+        hypertorch.hypergradient(optimizer, [loss], loss)
+    engine = hypertorch.FirstOrder()
+    found = hypertorch.hypergradient(optimizer, [loss], loss, engine)["lr"]
+    step(bare, loss)
+    grads = [p.grad for p in model.parameters()]
+    ahead = torch.autograd.grad(loss(), list(model.parameters()))
+    expected = -sum(float((e * g).sum()) for e, g in zip(ahead, grads, strict=True))
+    assert float(found) == pytest.approx(expected, rel=1e-10)
+
+
+LIVE: dict[str, Callable[[], Any]] = {
+    "Replay": hypertorch.Replay,
+    "Forward": hypertorch.Forward,
+    "FirstOrder": hypertorch.FirstOrder,
+    "Displacement": hypertorch.Displacement,
+    "FiniteDifferences": hypertorch.FiniteDifferences,
+}
+
+
+@pytest.mark.parametrize("freezes", [True, False])
+@pytest.mark.parametrize("engine", LIVE)
+def test_weights_that_are_frozen_or_released_in_a_window_cut_it(engine: str, freezes: bool) -> None:
+    """What is left of it is a window of its own, here of the last step."""
+
+    def phase(model: nn.Module, t: int) -> None:
+        model[0].requires_grad_((t < 2) == freezes)
+
+    model = mlp()
+    optimizer = wrap(
+        model,
+        optim.SGD(model.parameters(), lr=0.1),
+        engine=LIVE[engine](),
+        window=4,
+        update_every=4,
+    )
+    for t in range(4):
+        phase(model, t)
+        step(optimizer, partial(inner, model, t))
+
+    plain = mlp()
+    bare = optim.SGD(plain.parameters(), lr=0.1)
+    for t in range(4):
+        phase(plain, t)
+        step(bare, partial(inner, plain, t))
+    expected = by_hand(plain, outer)
+    assert float(optimizer.hypergradients["lr"]) == pytest.approx(expected, rel=1e-6)
+
+
+KEEPING: dict[str, Callable[[nn.Module], Any]] = {
+    "Implicit": lambda model: hypertorch.Implicit(
+        hypertorch.Lanczos(), inner_loss=partial(inner, model)
+    ),
+    "Replay": lambda model: hypertorch.Replay(),
+    "FiniteDifferences": lambda model: hypertorch.FiniteDifferences(),
+}
+
+
+@pytest.mark.parametrize("engine", KEEPING)
+def test_an_outer_loss_that_leaves_the_model_in_eval_mode_is_the_same(engine: str) -> None:
+    """What an engine computes after it is in the modes that training had."""
+
+    def found(restores: bool) -> float:
+        torch.manual_seed(0)
+        layers = [nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)]
+        model = nn.Sequential(*layers).double()
+
+        def in_eval() -> Tensor:
+            model.eval()
+            loss = outer(model)
+            model.train(restores)
+            return loss
+
+        bare = optim.SGD(model.parameters(), lr=0.1, weight_decay=0.05)
+        optimizer = hypertorch.HyperOptimizer(
+            bare,
+            model,
+            in_eval,
+            "weight_decay",
+            window=3,
+            update_every=3,
+            engine=KEEPING[engine](model),
+            outer=partial(optim.SGD, lr=0.0),
+        )
+        for t in range(3):
+            step(optimizer, partial(inner, model, t))
+        return float(optimizer.hypergradients["weight_decay"])
+
+    assert found(restores=False) == found(restores=True)
+
+
 # Other packages
 
 

@@ -169,6 +169,19 @@ class Window(ABC):
 class LiveWindow(Window):
     """A window whose steps are made on the live weights, by the optimizer itself."""
 
+    def follow(self) -> None:
+        """Take the weights' present values, and which of them train, as they should be."""
+        super().follow()
+        self._trained = self._trains()
+
+    @property
+    def was_written_to(self) -> bool:
+        """Whether someone else changed a weight in place, froze one or released one."""
+        return super().was_written_to or self._trained != self._trains()
+
+    def _trains(self) -> list[bool]:
+        return [p.requires_grad for p in self.params]
+
     def close(self) -> Carried | None:
         """Nothing is to be handed back."""
         return None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..double_backward import TwiceDifferentiable
 from ..state import State, set_state
+from ..surroundings import leaving_no_trace
 from ..transition import Linearised, Transition
 from .averages import average_of, carried_on, weights_at
 from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
@@ -139,10 +140,11 @@ class LiveImplicitWindow(ImplicitWindow):
             self._average.update(self.params, step.transition)
 
     def _present(self, params: Sequence[Tensor]) -> Linearised:
-        """Return a step from these weights, along the engine's own loss."""
+        """Return a step from these weights, along the engine's own loss, which leaves no trace."""
         assert self._engine.inner_loss is not None
+        model = self.training.slots.model
         self._state = State(list(params), State.of(self.training.optimizer).buffers)
-        with TwiceDifferentiable(self.training.slots.model).held():
+        with TwiceDifferentiable(model).held(), leaving_no_trace(model):
             return self._at(self._engine.inner_loss())
 
     def close(self) -> Carried | None:

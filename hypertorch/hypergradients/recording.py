@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
+from ..loss_graph import narrowest
 from ..state import State
 from ..surroundings import ModuleBuffers, TorchRandomState, leaving_no_trace
 from ..transition import Transition, gradients
@@ -41,6 +42,11 @@ class _Made:
     loss: Tensor
 
 
+#: How far the loss of a step that is made again may be off, of itself and at all, by the precision
+#: that it is computed in; a narrower one may be off by one in a hundred.
+_TOLERANCES = {torch.float64: (1e-6, 1e-12), torch.float32: (1e-4, 1e-8)}
+
+
 class Recording:
     """The steps of one window, and how to make them again.
 
@@ -57,6 +63,7 @@ class Recording:
         self.training = training
         self.start = self.present()
         self._made: list[_Made] = []
+        self._precision = torch.float64
 
     def __len__(self) -> int:
         return len(self._made)
@@ -74,6 +81,8 @@ class Recording:
         """
         randomness = TorchRandomState()
         loss = step.evaluate()
+        if not self._made:
+            self._precision = narrowest(loss)
         grads = gradients(loss, self.training.slots.params)
         step.make(grads)
         assert step.closure is not None
@@ -150,9 +159,9 @@ class Recording:
         again = list(losses)
         then = [made.loss for made in self._made[first : first + len(again)]]
         pairs = torch.stack([torch.stack(then).flatten(), torch.stack(again).flatten()])
-        rtol = 1e-6 if pairs.dtype == torch.float64 else 1e-2
+        rtol, atol = _TOLERANCES.get(self._precision, (1e-2, 1e-8))
         for t, (before, now) in enumerate(pairs.T.tolist(), start=first):
-            if not abs(now - before) <= rtol * max(abs(before), 1e-6):
+            if not abs(now - before) <= max(rtol * abs(before), atol):
                 raise WindowError(
                     f"The closure of step {t} of the window returned {before:.6g} when first "
                     f"called and {now:.6g} on replay. Bind its batch: "

@@ -341,3 +341,27 @@ def test_names_without_an_engine_are_refused():
     implicit = task.implicit()
     with pytest.raises(UnsupportedError, match="`Implicit` cannot learn `lr`"):
         task.wrapped(PerHyperparameter({"lr": implicit, "weight_decay": implicit}))
+
+
+def test_the_order_of_the_engines_does_not_count():
+    """An inner loss in training's mode would move BatchNorm's statistics before E is taken."""
+
+    class Restoring(Digits):
+        def outer(self):
+            loss = super().outer()
+            self.model.train()
+            return loss
+
+    def found(*order):
+        task = Restoring()
+        engines = {"lr": FirstOrder(0.5), "weight_decay": task.implicit(0.9)}
+        chosen = PerHyperparameter({name: engines[name] for name in order})
+        optimizer = task.wrapped(chosen, window=3, update_every=3)
+        task.train(optimizer, 6)
+        return {name: h.item() for name, h in optimizer.hypergradients.items()}
+
+    task = Restoring()
+    alone = task.wrapped(FirstOrder(0.5), window=3, update_every=3, learn=["lr"])
+    task.train(alone, 6)
+    assert found("weight_decay", "lr") == found("lr", "weight_decay")
+    assert found("weight_decay", "lr")["lr"] == alone.hypergradients["lr"].item()
