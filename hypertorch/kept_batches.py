@@ -116,7 +116,7 @@ def probation_by(inner: BatchLosses) -> Probation:
             f"The loss of the first training batches is {before} at the initial weights. Look for "
             "NaN in the training data, and in the weights."
         )
-    limit = before + (_HARMED - 1) * abs(before)
+    limit = before + (_HARMED - 1) * abs(before) if before else math.inf  # 0 has no scale
     return Probation(few.mean, limit, _LOOKS_AFTER, cost=len(few.batches) / 3)
 
 

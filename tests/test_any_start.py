@@ -15,6 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 import hypertorch
 from hypertorch import FirstOrder, from_any_start
+from hypertorch.kept_batches import BatchLosses, probation_by
 
 STEPS = 300
 
@@ -197,6 +198,12 @@ def test_a_look_at_the_run_leaves_no_trace():
     torch.testing.assert_close(model.state_dict(), weights)
     copied.load_state_dict(optimizer.state_dict())
     assert copied._loop.safeguards._steps == 0
+
+
+@pytest.mark.parametrize(("factor", "limit"), [(1.0, 1.2), (-1.0, -0.8), (0.0, math.inf)])
+def test_what_a_run_may_reach_has_the_scale_of_its_first_loss(factor, limit):
+    few = BatchLosses(network(), lambda z, y: factor * torch.ones(()), [(TRAINING[0], None)])
+    assert probation_by(few).limit == pytest.approx(limit)
 
 
 def test_every_pass_through_the_model_before_training_is_counted():
