@@ -164,7 +164,8 @@ def learned(
             raise ArgumentError(
                 f"`{name}` is learned twice. Give each Hyperparameter a `name` of its own."
             )
-        is_claimed = isinstance(learn, Mapping) or name == "lr"  # a loss has no `lr` of its own
+        # What is learned as `lr` is divided at a rollback, so it must be the optimizer's own.
+        is_claimed = isinstance(learn, Mapping) or (name == "lr" and is_learning)
         if is_claimed and isinstance(what, Hyperparameter):
             _check_is_used(name, what, optimizer, dynamics)
         with silent_unless(is_learning):
