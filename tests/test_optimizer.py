@@ -114,34 +114,33 @@ def test_at_a_windows_end_the_weights_are_those_of_plain_training_with_what_was_
     )
 
 
-def test_a_plain_step_where_a_window_is_due_says_once_that_nothing_is_learned_from_it():
+@pytest.mark.parametrize(
+    ("play", "said"),
+    [
+        (
+            train_plainly,
+            "`step()` without a loss is a plain step, from which Unroll() learns nothing. "
+            "Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`, or pass "
+            "`engine=FirstOrder()`.",
+        ),
+        (
+            with_closure,
+            "The closure called backward itself, which makes a plain step, from which Unroll() "
+            "learns nothing. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees to "
+            "both.",
+        ),
+    ],
+    ids=["a plain step", "a closure that calls backward"],
+)
+def test_where_a_window_is_due_it_is_said_once_that_nothing_is_learned(play, said):
     model, twin = network(), network()
     optimizer, other = wrapped(built("AdamW", model), model), built("AdamW", twin)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        train_plainly(model, optimizer, batches(9))
-    assert [str(w.message) for w in caught] == [
-        "`step()` without a loss is a plain step, from which Unroll() learns nothing. "
-        "Replace `loss.backward(); optimizer.step()` by `optimizer.step(loss)`, or pass "
-        "`engine=FirstOrder()`."
-    ]
+        play(model, optimizer, batches(9))
+    assert [str(w.message) for w in caught] == [said]
     assert caught[0].category is hypertorch.HypertorchWarning
-    train_plainly(twin, other, batches(9))
-    assert_close(weights(model), weights(twin), 1e-12)
-    assert optimizer.hypergradients is None and not is_open(model)
-
-
-def test_a_closure_that_calls_backward_where_a_window_is_due_is_told_to_leave_that_out():
-    model, twin = network(), network()
-    optimizer, other = wrapped(built("AdamW", model), model), built("AdamW", twin)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        with_closure(model, optimizer, batches(9))
-    assert [str(w.message) for w in caught] == [
-        "The closure called backward itself, which makes a plain step, from which Unroll() learns "
-        "nothing. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees to both."
-    ]
-    with_closure(twin, other, batches(9))
+    play(twin, other, batches(9))
     assert_close(weights(model), weights(twin), 1e-12)
     assert optimizer.hypergradients is None and not is_open(model)
 

@@ -1,7 +1,9 @@
 """Replay: the same number as the stored graph's, in states, with noise and statistics replayed."""
 
 import math
+from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -122,40 +124,34 @@ def test_a_closure_that_draws_another_batch_on_replay_is_refused():
         hypergradient(optimizer, [fresh] * 3, outer(model), Replay())
 
 
+def drifting(name: str, by: float, autocast: bool = False) -> tuple[Any, ...]:
+    """A problem in single precision whose losses are off by so much when they are made again."""
+    model = mlp().float()
+    optimizer = wrapped(built(name, model), model, outer=None)
+    x, y = (part.float() for part in batches(1)[0])
+    calls = []
+
+    def late() -> Tensor:
+        calls.append(0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            found = mse(model(x).float(), y)
+        return found * (1 + by * (len(calls) > 3))
+
+    return optimizer, [late] * 3, lambda: mse(model(x), y)
+
+
 @pytest.mark.parametrize("engine", [Replay, partial(Replay, spacing=None)])
 @pytest.mark.parametrize("by", [0.0, 1e-3])
 def test_a_closure_that_is_off_by_a_thousandth_on_replay_is_refused_in_single_precision(by, engine):
     """As two batches of one data set may be, in a closure that looks its batch up when called."""
-    model = mlp().float()
-    optimizer = wrapped(built("Adam", model), model, outer=None)
-    x, y = (part.float() for part in batches(1)[0])
-    calls = []
-
-    def late() -> Tensor:
-        calls.append(0)
-        return mse(model(x), y) * (1 + by * (len(calls) > 3))
-
-    if by:
-        with pytest.raises(hypertorch.WindowError, match=r"returned .* when first called"):
-            hypergradient(optimizer, [late] * 3, lambda: mse(model(x), y), engine())
-    else:
-        hypergradient(optimizer, [late] * 3, lambda: mse(model(x), y), engine())
+    refused = pytest.raises(hypertorch.WindowError, match=r"returned .* when first called")
+    with refused if by else nullcontext():
+        hypergradient(*drifting("Adam", by), engine())
 
 
 def test_steps_under_autocast_may_round_otherwise_when_they_are_made_again():
     """Their losses are in single precision, computed from numbers of three digits."""
-    model = mlp().float()
-    optimizer = wrapped(built("SGD", model), model, outer=None)
-    x, y = (part.float() for part in batches(1)[0])
-    calls = []
-
-    def late() -> Tensor:
-        calls.append(0)
-        with torch.autocast("cpu", torch.bfloat16):
-            found = mse(model(x).float(), y)
-        return found * (1 + 1e-3 * (len(calls) > 3))
-
-    found = hypergradient(optimizer, [late] * 3, lambda: mse(model(x), y), Replay())
+    found = hypergradient(*drifting("SGD", 1e-3, autocast=True), Replay())
     assert all(torch.isfinite(h).all() for h in found.values())
 
 
