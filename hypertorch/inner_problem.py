@@ -6,7 +6,7 @@ Its second derivatives ∂²h/∂w² v and (∂²h/∂λ∂w)ᵀ v are products;
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -144,9 +144,10 @@ LBFGS = functools.partial(
 class Minimizer:
     """Minimise h by any optimizer of torch until ‖∇_w h‖₂ ≤ goal: the default inner solver.
 
-    It ends in the very evaluation that reaches the goal. Where the loss no longer falls (line
-    searches compare losses, and stall at rounding long before the gradient does), Newton steps
-    w ← w − H⁻¹ ∇h by conjugate gradient go on, as long as each halves the gradient.
+    It ends in the very evaluation that reaches the goal. Where a call of `step` hardly lowers the
+    loss (line searches compare losses, and stall at rounding long before the gradient does), Newton
+    steps w ← w − H⁻¹ ∇h by conjugate gradient go on, as long as each halves the gradient, and then
+    the optimizer, as long as it lowers the loss.
 
     Args:
         optimizer: makes the optimizer from the list of params; a closure that evaluates loss and
@@ -167,14 +168,8 @@ class Minimizer:
 
     def __call__(self, problem: InnerProblem, goal: float) -> None:
         """Move `problem.params` in place until ‖∇_w h‖₂ ≤ `goal`, or no further."""
-        search = _Search(problem, goal, self.max_steps)
-        optimizer = self.optimizer(problem.params)
-        try:
-            while search.went_down():
-                optimizer.step(search.closure)
-            search.polish()
-        except _Ended:
-            pass
+        with suppress(_Ended):
+            _Search(problem, goal, self.max_steps).run(self.optimizer)
         for param in problem.params:
             param.grad = None
 
@@ -189,14 +184,28 @@ class _Search:
     def __init__(self, problem: InnerProblem, goal: float, max_steps: int) -> None:
         self.problem, self.goal = problem, goal
         self.last = problem.gradients + max_steps
-        self.best = self.before = math.inf
-        self.calls = 0
+        self.best = math.inf
+        #: A fall of the loss, relative to it, that is hardly one.
+        self.little = math.sqrt(torch.finfo(problem.params[0].dtype).eps)
 
-    def went_down(self) -> bool:
-        """Whether the last call of `step` lowered the loss; also true before the first."""
-        lower = self.calls == 0 or self.best < self.before
-        self.before, self.calls = self.best, self.calls + 1
-        return lower
+    def run(self, build: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+        """Lower the loss by the optimizer, and the gradient by Newton where the loss hardly falls.
+
+        After each attempt twice as many slow calls are waited for before the next one.
+        """
+        optimizer, slow, patience = build(self.problem.params), 0, 1
+        while True:
+            before = self.best
+            optimizer.step(self.closure)
+            falls = self.best < before
+            slow += not self.best < before - self.little * abs(self.best)
+            if falls and slow < patience:
+                continue
+            if self.newton():
+                optimizer = build(self.problem.params)  # its memory is of elsewhere
+            if not falls:
+                return
+            slow, patience = 0, 2 * patience
 
     def closure(self) -> float:
         """Evaluate the loss, with its gradient in the params."""
@@ -212,11 +221,12 @@ class _Search:
         if length <= self.goal or self.problem.gradients >= self.last or not math.isfinite(length):
             raise _Ended
 
-    def polish(self) -> None:
-        """Go on by Newton steps, while each halves ‖∇h‖."""
+    def newton(self) -> bool:
+        """Make Newton steps, while each halves ‖∇h‖; return whether one did."""
         derivatives = self.problem.derivatives()
         before = length(derivatives.gradient)
         self._end(before)
+        helped = False
         while True:
             kept = [p.detach().clone() for p in self.problem.params]
             try:
@@ -224,16 +234,16 @@ class _Search:
                     derivatives.hessian_product, derivatives.gradient
                 )
             except SolverError:  # not convex here: HOAG's own linear system will report it
-                return
+                return helped
             _subtract(self.problem.params, newton.value)
             derivatives = self.problem.derivatives()
             after = length(derivatives.gradient)
             if not after <= before:
                 copy(kept, self.problem.params)
             if not after <= before / 2:
-                return
+                return helped
             self._end(after)
-            before = after
+            before, helped = after, True
 
 
 @torch.no_grad()

@@ -32,6 +32,7 @@ from hypertorch import (
 )
 from hypertorch.bilevel import (
     Descent,
+    InnerProblem,
     Minimizer,
     Move,
     NestedProblem,
@@ -567,6 +568,27 @@ def test_the_minimizer_ends_at_its_goal_and_not_where_line_searches_stall(kind, 
     spent = inner.gradients
     assert inner.value_and_gradient()[1][0].norm() <= goal
     assert spent < 300
+
+
+@pytest.mark.parametrize("tolerance", [1e-6, 1e-9])
+def test_a_badly_scaled_problem_is_left_to_newton_steps_in_time(tolerance):
+    torch.manual_seed(0)
+    x, y = torch.randn(200, 30, **f64) * torch.logspace(0, 1.5, 30, **f64), torch.randn(200, **f64)
+    w = torch.zeros(30, **f64, requires_grad=True)
+    inner = InnerProblem(lambda: nn.functional.softplus(-y.sign() * (x @ w)).mean(), [w])
+    goal = tolerance * inner.value_and_gradient()[1][0].norm().item()
+    Minimizer()(inner, goal)
+    spent = inner.gradients + 2 * inner.products
+    assert inner.value_and_gradient()[1][0].norm() <= goal
+    assert spent < 400
+
+
+def test_where_the_loss_hardly_falls_and_newton_steps_are_of_no_use_the_optimizer_goes_on():
+    w = torch.tensor([1e-5], **f64, requires_grad=True)
+    inner = InnerProblem(lambda: (1 + w**4 / 4 - w**2 / 2).sum(), [w])
+    Minimizer(partial(torch.optim.SGD, lr=0.1))(inner, 1e-9)
+    assert w.item() == pytest.approx(1.0, abs=1e-9)
+    assert inner.gradients < 250
 
 
 def test_a_minimizer_without_enough_steps_is_told_of_once():
