@@ -72,6 +72,9 @@ class TwiceDifferentiable:
             self.release()
 
 
+_EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
+
+
 def check_embeddings(model: nn.Module) -> None:
     """Refuse what torch differentiates twice as if it were something else.
 
@@ -79,11 +82,15 @@ def check_embeddings(model: nn.Module) -> None:
         UnsupportedError: names the module.
     """
     for name, module in model.named_modules():
+        said = ""
         if getattr(module, "scale_grad_by_freq", False) is True:
+            said = "`scale_grad_by_freq=True`, which torch leaves out of second derivatives"
+        elif isinstance(module, _EMBEDDINGS) and module.max_norm is not None:
+            said = "`max_norm`, by which the forward pass writes to weights, unseen by derivatives"
+        if said:
             raise UnsupportedError(
-                f"`{name}` ({type(module).__name__}) has `scale_grad_by_freq=True`, which torch "
-                "leaves out of second derivatives. Build it without; or learn by `FirstOrder` or "
-                "`Displacement`, which need none."
+                f"`{name}` ({type(module).__name__}) has {said}. Build it without; or learn by "
+                "`FirstOrder` or `Displacement`, which need none."
             )
 
 

@@ -38,7 +38,8 @@ class Entries(Tensor):
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     def __getitem__(self, index: Any) -> Tensor:
-        if isinstance(index, Tensor) and index.dtype == torch.int64 and torch.is_grad_enabled():
+        is_of_rows = isinstance(index, Tensor) and index.dtype == torch.int64
+        if is_of_rows and torch.is_grad_enabled() and not _is_transformed():
             gathered: Tensor = _Gather.apply(self, index)
             return gathered
         return super().__getitem__(index)
@@ -53,6 +54,11 @@ class Entries(Tensor):
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         return repr(self.detach().requires_grad_(self.requires_grad))
+
+
+def _is_transformed() -> bool:
+    """Whether this is within `torch.func`'s transforms, which know no sparse tensors."""
+    return torch._C._functorch.maybe_current_level() is not None
 
 
 def _leaf(value: Tensor, requires_grad: bool) -> Entries:

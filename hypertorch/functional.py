@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from .arguments import check_outer_loss
-from .double_backward import TwiceDifferentiable, without_recomputation
+from .double_backward import TwiceDifferentiable, missing_derivative, without_recomputation
 from .dynamics import dynamics_of
 from .entries import dense
-from .errors import ArgumentError, ArgumentTypeError, kind_of
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind_of
 from .gradient_hooks import hooks_set_aside, refuse_gradient_hooks
 from .hypergradients import Engine, OuterLoss, Training, TrainingStep, Unroll
 from .inner_loss import checked, checked_outer, one_batch
@@ -93,6 +93,10 @@ def hypergradient(
                 window.follow()
             with hooks_set_aside(params), one_batch(outer_loss):
                 return dense(window.hypergradient(checked_outer(outer_loss, engine, model))[1])
+        except RuntimeError as error:
+            if said := missing_derivative(error):
+                raise UnsupportedError(f"{said} Use `FirstOrder()`, which needs none.") from error
+            raise
         finally:
             window.close()
 

@@ -1,4 +1,4 @@
-"""What the graph of an inner loss says of where it comes from, and what torch says of it."""
+"""What the graph of a loss says of where it comes from, and what torch says of it."""
 
 from collections.abc import Sequence, Set
 from typing import Any, NoReturn
@@ -8,23 +8,67 @@ from torch import Tensor
 
 from .double_backward import missing_derivative
 from .errors import UnsupportedError, WindowError
+from .slots import FastParameter
+
+#: Derivatives of a normalisation, in a loss, of which torch's own second derivatives are wrong.
+_INEXACT = {
+    "NativeLayerNormBackwardBackward0": "LayerNorm",
+    "NativeBatchNormBackwardBackward0": "BatchNorm or InstanceNorm",
+    "CudnnBatchNormBackwardBackward0": "BatchNorm or InstanceNorm",
+}
 
 
-def check_references(loss: Tensor, fast: Sequence[Tensor], live: Sequence[Tensor]) -> None:
-    """Raise if `loss` uses a weight as it was at the window's start, through an old reference.
+def check_inner(loss: Tensor, weights: Sequence[Tensor]) -> None:
+    """Refuse a loss of which the window's second derivatives would be wrong.
 
     Args:
-        loss: the inner loss of a step after the window's first.
-        fast: the weights as the model holds them now.
-        live: the optimizer's parameters, in whose place they are.
+        loss: an inner loss, with its graph.
+        weights: as the model holds them now.
+
+    Raises:
+        WindowError: it uses a weight as it was at the window's start, through an old reference.
+        UnsupportedError: it uses a gradient that torch cannot differentiate twice; names the layer.
 
     Cost: one walk over the graph of `loss`, down to the present weights.
     """
-    replaced = {id(p) for p, w in zip(live, fast, strict=True) if w is not p}
-    present = {w.grad_fn for w in fast if w.grad_fn is not None}
-    seen = _nodes(loss, present)
+    seen = _seen(loss, weights)
+    _check_references(seen, weights)
+    for node in seen:
+        layer = _INEXACT.get(node.name()) if node is not None else None
+        if layer and getattr(node, "_saved_train", True):
+            raise UnsupportedError(
+                f"The loss uses a gradient through {layer}, as a gradient penalty does, of which "
+                "torch's second derivatives are wrong. Write the normalisation in operations of "
+                "its own; or call `loss.backward(); step()` with `engine=FirstOrder()`, which "
+                "needs none."
+            )
+
+
+def check_outer(loss: Tensor, weights: Sequence[Tensor]) -> None:
+    """Refuse an outer loss that uses a weight as it was at the window's start.
+
+    Args:
+        loss: E; without a graph it says nothing.
+        weights: as the model holds them now.
+
+    Raises:
+        WindowError: it does, through an old reference.
+
+    Cost: one walk over the graph of `loss`, where the model holds other weights than the live ones.
+    """
+    if any(isinstance(w, FastParameter) for w in weights):
+        _check_references(_seen(loss, weights), weights)
+
+
+def _seen(loss: Tensor, weights: Sequence[Tensor]) -> set[Any]:
+    return _nodes(loss, {w.grad_fn for w in weights if w.grad_fn is not None})
+
+
+def _check_references(seen: Set[Any], weights: Sequence[Tensor]) -> None:
+    fast = [w for w in weights if isinstance(w, FastParameter)]
+    replaced = {id(w.live) for w in fast}
     is_old = any(id(getattr(node, "variable", None)) in replaced for node in seen)
-    if is_old and not present.isdisjoint(seen):
+    if is_old and not seen.isdisjoint({w.grad_fn for w in fast}):
         raise WindowError(
             "The loss uses a weight as it was when the window opened, from a reference that was "
             "taken before. Take weights from the model in every step: "
@@ -72,7 +116,7 @@ def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:
     if "modified by an inplace operation" in str(error):
         raise WindowError(
             f"The loss cannot be differentiated any more: {error} A weight may have been written "
-            "to, or the window closed, between the loss and its step. Do so after the step."
+            "to between the loss and its step. Do so after the step."
         ) from error
     if "backward through the graph a second time" not in str(error):
         raise error

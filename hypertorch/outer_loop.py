@@ -21,7 +21,6 @@ from .gradient_hooks import refuse_gradient_hooks
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter
 from .inner_loss import WRITTEN_TO, checked_outer, guarded
-from .loss_graph import check_references
 from .outer import OuterFactory, new_rule, takes_sparse
 from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
@@ -151,12 +150,7 @@ class OuterLoop:
         Raises:
             Diverged: the loss or its gradient must not reach the weights.
         """
-        if self._open:
-            window = self._open[0]
-            if step.loss is not None and self.hypergradients is None:  # once: in the first window
-                check_references(step.loss, window.params, self.training.slots.params)
-        else:
-            window = self._new_window()
+        window = self._open[0] if self._open else self._new_window()
         window.step(step)
         window.follow()
         self._open[:] = [window]

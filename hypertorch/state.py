@@ -75,6 +75,14 @@ class State:
 #: Tensors by their place in a state: (position of the parameter, "param" or the buffer's key).
 Parts = dict[tuple[int, str], Tensor]
 
+#: A state of which nothing is differentiated: where a window starts.
+CONSTANT = State([], [])
+
+
+def of_params(gradients: Sequence[Tensor | None]) -> Parts:
+    """Return gradients of the weights by place; `None` is missing."""
+    return {(i, "param"): g for i, g in enumerate(gradients) if g is not None}
+
 
 def set_state(optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[str, Any]]) -> None:
     """Give a live optimizer its buffers, parameter by parameter, cut from the graph."""

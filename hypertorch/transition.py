@@ -18,6 +18,7 @@ from .double_backward import seed
 from .dynamics import Dynamics, read_setting
 from .errors import WindowError
 from .hyperparameters import Hyperparameter, number_of
+from .loss_graph import check_inner
 from .settings import Setting, where_learned
 from .state import Parts, State
 
@@ -107,6 +108,7 @@ class Linearised:
 
     Raises:
         WindowError: the loss does not depend on the weights.
+        UnsupportedError: it cannot be differentiated twice.
 
     Cost: one gradient with its graph; a `vjp` or `jvp` is about two gradients.
     """
@@ -123,6 +125,7 @@ class Linearised:
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
         self._joint = [*_trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
+        check_inner(loss, state.params)
         self._gradient = torch.autograd.grad(
             loss, self._joint, seed(loss), create_graph=True, allow_unused=True
         )
@@ -191,7 +194,7 @@ class Linearised:
 def vjp(
     state: State, values: Mapping[str, Tensor], following: State, adjoint: Parts
 ) -> tuple[Parts, dict[str, Tensor]]:
-    """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t.
+    """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t; what does not depend on α_t is missing.
 
     Args:
         state: s_{t-1}.
@@ -209,10 +212,10 @@ def vjp(
         retain_graph=True,
     )
     parts = dict(zip(earlier, found, strict=False))
-    by_name = zip(values.items(), found[len(earlier) :], strict=True)
+    by_name = zip(values, found[len(earlier) :], strict=True)
     return (
         {k: part for k, part in parts.items() if part is not None},
-        {n: torch.zeros_like(v) if b is None else b for (n, v), b in by_name},
+        {name: part for name, part in by_name if part is not None},
     )
 
 

@@ -72,6 +72,10 @@ def scaling_embedding(bench: Bench) -> nn.Module:
     return nn.Sequential(nn.Embedding(3, 2, scale_grad_by_freq=True))
 
 
+def renormalising_embedding(bench: Bench) -> nn.Module:
+    return nn.Sequential(nn.Embedding(3, 2, max_norm=1.0))
+
+
 def wrap_embedding(bench: Bench, model: nn.Module) -> None:
     HyperOptimizer(torch.optim.SGD(model.parameters(), lr=0.1), model, lambda: torch.tensor(0.0))
 
@@ -414,6 +418,14 @@ ARGUMENTS = [
         "derivatives. Build it without; or learn by `FirstOrder` or `Displacement`, which need "
         "none.",
         scaling_embedding,
+    ),
+    unsupported(
+        "an embedding whose weights the forward pass writes to",
+        wrap_embedding,
+        "`0` (Embedding) has `max_norm`, by which the forward pass writes to weights, unseen by "
+        "derivatives. Build it without; or learn by `FirstOrder` or `Displacement`, which need "
+        "none.",
+        renormalising_embedding,
     ),
     unsupported(
         "complex parameters",

@@ -10,7 +10,14 @@ import torch
 from support import assert_identical, batches, learned, mlp, weights
 
 import hypertorch
-from hypertorch import HyperOptimizer, Hyperparameter, Replay, Unroll, ValidationLoss
+from hypertorch import (
+    HyperOptimizer,
+    Hyperparameter,
+    Replay,
+    Unroll,
+    ValidationLoss,
+    hypergradient,
+)
 from hypertorch.entries import MANY, Entries, entries, sparse_gradients
 
 COUNT = MANY + 7
@@ -73,6 +80,24 @@ def test_gradients_of_each_row_go_through_it():
     gc.collect()  # an optimizer of another test would close its window, and not within a transform
     per_row = torch.func.vmap(torch.func.grad(lambda x, i: (ours[i] * x).sum()))(ours[ROWS], ROWS)
     assert torch.equal(per_row, plain[ROWS])
+
+
+def test_windows_may_map_over_single_entries():
+    model, (x, y) = mlp(), batches(1)[0]
+    weights = Hyperparameter(torch.ones(COUNT, dtype=torch.float64), name="weights")
+
+    def loss(chosen=lambda w: w[ROWS[0]]):
+        errors = (model(x) - y).square().sum(1)[: ROWS.shape[1]]
+        return (chosen(weights()) * errors).mean()
+
+    def mapped():
+        return loss(lambda w: torch.vmap(lambda row: w[row])(ROWS[0]))
+
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = HyperOptimizer(sgd, model, outer=None, learn=[weights])
+    found, expected = (hypergradient(optimizer, [f] * 3, loss)["weights"] for f in (mapped, loss))
+    torch.testing.assert_close(found, expected)
+    assert expected.count_nonzero() == 3
 
 
 def test_short_vectors_and_matrices_stay_what_they_are():

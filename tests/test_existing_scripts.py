@@ -146,13 +146,25 @@ def test_who_reads_the_buffers_after_each_step_changes_nothing(engine):
     assert_identical(*found)
 
 
-def test_a_write_between_a_loss_and_its_step_says_so():
+def write(model, optimizer):
+    with torch.no_grad():
+        list(model.parameters())[-2].mul_(0.9)
+
+
+BETWEEN = {
+    "a write": (write, "A weight may have been written to between the loss and its step"),
+    "a close": (lambda _, optimizer: optimizer.close(), "does not depend on the model's present"),
+}
+
+
+@pytest.mark.parametrize(("act", "said"), BETWEEN.values(), ids=BETWEEN)
+def test_what_comes_between_a_loss_and_its_step_is_said(act, said):
     model, (x, y) = mlp(), batches(1)[0]
     optimizer = wrapped(built("SGD", model), model)
     train(model, optimizer, [(x, y)])
     loss = mse(model(x), y)
-    optimizer.close()
-    with pytest.raises(hypertorch.WindowError, match="written to, or the window closed, between"):
+    act(model, optimizer)
+    with pytest.raises(hypertorch.WindowError, match=said):
         optimizer.step(loss)
 
 
@@ -259,6 +271,8 @@ def test_a_loss_without_second_derivatives_is_refused_in_our_words():
     with pytest.raises(hypertorch.UnsupportedError, match=r"no second derivative.*FirstOrder"):
         for _ in range(4):
             optimizer.step(loss())
+    with pytest.raises(hypertorch.UnsupportedError, match=r"no second derivative.*FirstOrder"):
+        hypertorch.hypergradient(optimizer, [loss] * 4, loss)
 
 
 def test_a_step_may_stand_within_no_grad():

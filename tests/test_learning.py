@@ -257,7 +257,7 @@ RHYTHMS = {
 }
 OUT_OF_STEP = {
     "windows of different length": [(4, 5), (2, 5)],
-    "windows out of step": [(2, 3), (4, 5)],
+    "windows out of step": [(4, 6), (3, 5)],
     "the critic has a bare optimizer": [(3, 5), None],
 }
 

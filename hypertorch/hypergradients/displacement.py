@@ -17,7 +17,7 @@ from ..hyperparameters import Hyperparameter
 from ..settings import Setting
 from ..transition import Gradients, Transition
 from .averages import Average, AveragingWindow, check_average, wide
-from .engine import Carried, Engine, OuterLoss, Training, TrainingStep
+from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, added
 
 
 class Displacement(Engine):
@@ -181,7 +181,7 @@ class DisplacementWindow(AveragingWindow):
             past = self._past if self._average_past is None else self._average_past.params
             moved = torch._foreach_sub(list(present), list(past))
         through = _share(self.training.settings["lr"], gradient, moved)
-        return loss, {"lr": direct["lr"] + through}
+        return loss, added(direct, {"lr": through})
 
 
 def _decay(transition: Transition, group: Mapping[str, Any]) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..dynamics import Dynamics
 from ..errors import WindowError
 from ..hyperparameters import Hyperparameter, held_as
+from ..loss_graph import check_outer
 from ..settings import Setting
 from ..slots import Slots
 from ..state import State, versions
@@ -250,7 +251,7 @@ def outer_gradient(
     values: Mapping[str, Tensor],
     average: float | None = None,
 ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
-    """Return E, ∂_s E at the weights, `None` where E does not depend on one, and ∂_λ E.
+    """Return E, ∂_s E at the weights and ∂_λ E; `None` or missing where E does not depend on one.
 
     Args:
         outer_loss: E.
@@ -259,21 +260,38 @@ def outer_gradient(
         average: β, where the weights are the window's average.
 
     Raises:
-        WindowError: E depends on none of the weights.
+        WindowError: E depends on none of the weights, or on one as it was when the window opened.
     """
     if isinstance(outer_loss, TakenOnce):
         return outer_loss.gradient(params, values, average)
     loss, trainable = outer_loss(), [p for p in params if p.requires_grad]
+    check_outer(loss, params)
     found = torch.autograd.grad(loss, [*trainable, *values.values()], allow_unused=True)
     if all(gradient is None for gradient in found[: len(trainable)]):
         raise independent_outer_loss()
     gradients = iter(found[: len(trainable)])
-    direct = zip(values.items(), found[len(trainable) :], strict=True)
+    direct = zip(values, found[len(trainable) :], strict=True)
     return (
         loss.detach(),
         [next(gradients) if p.requires_grad else None for p in params],
-        {n: torch.zeros_like(v) if d is None else d for (n, v), d in direct},
+        {name: part for name, part in direct if part is not None},
     )
+
+
+def added(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sum of two parts of dE/dλ; a missing one is zero, and a sparse one stays so."""
+    both = first.keys() & second.keys()
+    sums = {n: _sum(first[n], second[n]) for n in both}
+    return {**first, **second, **sums}
+
+
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    return b + a if a.is_sparse else a + b
+
+
+def completed(found: dict[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return dE/dλ of every λ: exactly zero where it is missing."""
+    return {name: found.get(name, torch.zeros_like(value)) for name, value in values.items()}
 
 
 class TakenOnce:
@@ -311,7 +329,7 @@ class TakenOnce:
         else:
             self._found[average] = outer_gradient(self._outer_loss, params, self._values)
         loss, at_weights, direct = self._found[average]
-        return loss, at_weights, {name: direct[name] for name in values}
+        return loss, at_weights, {name: direct[name] for name in values if name in direct}
 
 
 def independent_outer_loss() -> WindowError:

@@ -10,7 +10,7 @@ from ..dual_numbers import NoRule, dual
 from ..errors import UnsupportedError
 from ..state import State
 from .averages import AveragingWindow, check_average
-from .engine import Carried, Engine, OuterLoss, Training, TrainingStep
+from .engine import Carried, Engine, OuterLoss, Training, TrainingStep, added
 from .linear_tangents import LinearTangents, is_linear
 from .pointwise import PointwiseTangents
 from .shelf import Spare
@@ -183,7 +183,7 @@ class FirstOrderWindow(AveragingWindow):
         """
         loss, gradient, direct = self._outer_gradient(outer_loss)
         along = self._tangents.along(gradient, "param" if self._average is None else "average")
-        return loss, {name: direct[name] + along[name] for name in direct}
+        return loss, added(along, direct)
 
     def close(self) -> Carried | None:
         """Let go of z; return what the average goes on from."""

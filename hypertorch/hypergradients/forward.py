@@ -19,6 +19,7 @@ from .engine import (
     OuterLoss,
     Training,
     TrainingStep,
+    added,
     outer_gradient,
 )
 
@@ -171,10 +172,8 @@ class ForwardWindow(LiveWindow):
         """
         values = self.training.values()
         loss, gradients, direct = outer_gradient(outer_loss, self.params, values)
-        return loss, {
-            name: direct[name] + _along(gradients, self.tangents[name], value)
-            for name, value in values.items()
-        }
+        along = {n: _along(gradients, self.tangents[n], value) for n, value in values.items()}
+        return loss, added(along, direct)
 
     def close(self) -> Carried | None:
         """Return Z and the weights it belongs to, in real time."""

@@ -145,6 +145,11 @@ class Implicit(Engine):
                 "`average` of Implicit needs an `inner_loss`: the last step's loss was computed at "
                 "the last weights. Pass a closure that computes it at those the model holds."
             )
+        if holds_preconditioner and isinstance(self.solver, FixedPoint):
+            raise ArgumentError(
+                "`holds_preconditioner` of Implicit has no meaning for FixedPoint, which solves in "
+                "weights and buffers together. Use NormalConjugateGradient(), or leave it out."
+            )
         self.inner_loss, self.average, self.warm_start = inner_loss, average, warm_start
         self.holds_preconditioner = holds_preconditioner
         self.needs = "loss" if inner_loss is None else "gradients"

@@ -13,7 +13,16 @@ from ..state import State, set_state
 from ..surroundings import leaving_no_trace
 from ..transition import Linearised, Transition
 from .averages import average_of, carried_on, weights_at
-from .engine import Carried, OuterLoss, Training, TrainingStep, Window, outer_gradient
+from .engine import (
+    Carried,
+    OuterLoss,
+    Training,
+    TrainingStep,
+    Window,
+    added,
+    completed,
+    outer_gradient,
+)
 from .linear_system import length
 
 if TYPE_CHECKING:
@@ -107,7 +116,7 @@ class ImplicitWindow(Window):
             gap=system.gap(found.value).item(),
         )
         through = system.pulled_back(found.value)
-        return loss, {n: part + through[n] for n, part in direct.items()}
+        return loss, completed(added(direct, through), values)
 
     def _present(self, params: Sequence[Tensor]) -> Linearised:
         """Return the step to differentiate: the last one."""

@@ -1,10 +1,10 @@
 """Horizon 1: dE/dλ = B_Kᵀ ∂_s E + ∂_λ E, the influence of λ through the last step alone."""
 
-import torch
 from torch import Tensor
 
-from ..state import State, set_state
-from ..transition import gradients
+from ..loss_graph import check_inner
+from ..state import CONSTANT, State, of_params, set_state
+from ..transition import gradients, vjp
 from .engine import (
     Carried,
     Engine,
@@ -12,6 +12,8 @@ from .engine import (
     Training,
     TrainingStep,
     Window,
+    added,
+    completed,
     outer_gradient,
 )
 
@@ -69,7 +71,9 @@ class OneStepWindow(Window):
     def step(self, step: TrainingStep) -> None:
         """Make s_t = Φ_t(s_{t-1}, λ), with s_{t-1} constant, and let go of the step before."""
         has_graph = bool(self.training.in_loss)  # of ∇L, where λ is in it
-        grads = gradients(step.with_graph(), self.params, create_graph=has_graph)
+        loss = step.with_graph()
+        check_inner(loss, self.params)
+        grads = gradients(loss, self.params, create_graph=has_graph)
         step.check(grads)
         before = State([p.detach() for p in self.params], self._buffers)
         self._last = step.transition(before, grads)
@@ -87,22 +91,9 @@ class OneStepWindow(Window):
             WindowError: E does not depend on the weights.
         """
         values = self.training.values()
-        loss, adjoint, direct = outer_gradient(outer_loss, self.params, values)  # α
-        pairs = [
-            (p, a)
-            for p, a in zip(self._last.params, adjoint, strict=True)
-            if a is not None and p.requires_grad
-        ]
-        if not pairs:
-            return loss, direct
-        params, adjoints = zip(*pairs, strict=True)
-        through_step = torch.autograd.grad(
-            params, list(values.values()), adjoints, allow_unused=True, retain_graph=True
-        )
-        return loss, {
-            name: direct[name] if b is None else direct[name] + b  # B_Kᵀ α
-            for name, b in zip(values, through_step, strict=True)
-        }
+        loss, at_end, direct = outer_gradient(outer_loss, self.params, values)  # α
+        _, through_step = vjp(CONSTANT, values, self._last, of_params(at_end))  # B_Kᵀ α
+        return loss, completed(added(direct, through_step), values)
 
     def close(self) -> Carried | None:
         """Write the weights and buffers to the live parameters and optimizer."""

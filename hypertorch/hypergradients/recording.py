@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
-from ..loss_graph import narrowest
+from ..loss_graph import check_outer, narrowest
 from ..state import State
 from ..surroundings import ModuleBuffers, TorchRandomState, leaving_no_trace
 from ..transition import Transition, gradients
@@ -134,13 +134,15 @@ class Recording:
         self, state: State, outer_loss: OuterLoss, values: Mapping[str, Tensor] | None = None
     ) -> Tensor:
         """Return E at the weights of `state`, without a graph; the model keeps them."""
-        leaves = as_leaves(state.params, self.training.slots.params)
-        self.training.slots.fill(leaves)
+        slots = self.training.slots
+        weights = slots.fill(as_leaves(state.params, slots.params))
         with ExitStack() as held:
             for name, value in (values or {}).items():
                 held.enter_context(self.training.hyperparameters[name].at(value))
-            held.enter_context(leaving_no_trace(self.training.slots.model))
-            return outer_loss().detach()
+            held.enter_context(leaving_no_trace(slots.model))
+            loss = outer_loss()
+            check_outer(loss, weights)
+            return loss.detach()
 
     def go_live(self) -> None:
         """Give the model its live weights back."""
@@ -165,8 +167,8 @@ class Recording:
                 raise WindowError(
                     f"The closure of step {t} of the window returned {before:.6g} when first "
                     f"called and {now:.6g} on replay. Bind its batch: "
-                    "functools.partial(loss_fn, x, y), and draw random numbers from torch's "
-                    "global generator."
+                    "functools.partial(loss_fn, x, y), take weights from the model, and draw "
+                    "random numbers from torch's global generator."
                 )
 
 

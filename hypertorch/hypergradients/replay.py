@@ -11,10 +11,20 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..state import Parts, State
+from ..state import Parts, State, of_params
 from ..surroundings import ModuleBuffers
 from ..transition import Linearised, vjp
-from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep, outer_gradient
+from .engine import (
+    Carried,
+    Engine,
+    LiveWindow,
+    OuterLoss,
+    Training,
+    TrainingStep,
+    added,
+    completed,
+    outer_gradient,
+)
 from .recording import Moment, NewMemory, Recording, as_leaves
 
 
@@ -120,21 +130,21 @@ class ReplayedWindow(LiveWindow):
             WindowError: a closure is not replayable, or E is another model's.
         """
         try:
-            loss, at_end, total = outer_gradient(outer_loss, self.params, self.training.values())
-            adjoint = {(i, "param"): g for i, g in enumerate(at_end) if g is not None}
-            end = len(self._recording)
+            values = self.training.values()
+            loss, at_end, total = outer_gradient(outer_loss, self.params, values)
+            adjoint, end = of_params(at_end), len(self._recording)
             for start in sorted(self._stored, reverse=True):
-                adjoint = self._through_segment(start, end, adjoint, total)
-                end = start
-            return loss, total
+                adjoint, found = self._through_segment(start, end, adjoint)
+                total, end = added(total, found), start
+            return loss, completed(total, values)
         finally:
             self._recording.go_live()
 
     def _through_segment(
-        self, start: int, end: int, adjoint: Parts, total: dict[str, Tensor]
-    ) -> Parts:
-        """Take α from step `end` back to step `start`, adding Bᵀα to `total`."""
-        losses = []
+        self, start: int, end: int, adjoint: Parts
+    ) -> tuple[Parts, dict[str, Tensor]]:
+        """Take α from step `end` back to step `start`; return it, and Σ Bᵀα on the way."""
+        losses, total = [], dict[str, Tensor]()
         waiting = self._segment(start, end)
         for t in reversed(range(start, end)):
             step = waiting.pop()
@@ -143,12 +153,11 @@ class ReplayedWindow(LiveWindow):
                 step = self._ready(t, step.state)
             values = self.training.values()
             adjoint, of_hyperparameters = vjp(step.state, values, step.following, adjoint)
-            for name, part in of_hyperparameters.items():
-                total[name] = total[name] + part
+            total = added(total, of_hyperparameters)
             losses.append(step.loss)
         self._recording.check(reversed(losses), first=start)
         del self._stored[start]
-        return adjoint
+        return adjoint, total
 
     def _segment(self, start: int, end: int) -> list[Moment | _Ready]:
         """Make the steps from `start` to `end` again, with graphs as far as there is room."""

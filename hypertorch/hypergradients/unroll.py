@@ -1,20 +1,22 @@
-"""Reverse mode on the stored graph: α_K = ∂_s E, α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E.
+"""Reverse mode on stored graphs: α_K = ∂_s E, α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E.
 
-`higher` runs the unroll of our Φ; one backward pass of autograd from E is the recursion.
+`higher` makes each step by our Φ, with its graph. The graphs are apart: a loss that is itself
+differentiated, in an input that other steps used too, sees the weights as plain training shows
+them, and not how they came about.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ..double_backward import seed
 from ..dynamics import unrolled
 from ..entries import sparse_gradients
 from ..errors import WindowError
-from ..state import set_state
-from ..transition import check_dependence
+from ..loss_graph import check_inner
+from ..state import CONSTANT, State, of_params, set_state
+from ..transition import check_dependence, vjp
 from .engine import (
     Carried,
     Engine,
@@ -22,7 +24,9 @@ from .engine import (
     Training,
     TrainingStep,
     Window,
-    independent_outer_loss,
+    added,
+    completed,
+    outer_gradient,
 )
 
 
@@ -52,7 +56,7 @@ class Unroll(Engine):
             h.expect_rows()
 
     def open(self, training: Training, carried: Carried | None = None) -> "UnrolledWindow":
-        """Start a graph at the present weights and buffers."""
+        """Start at the present weights and buffers."""
         return UnrolledWindow(training)
 
     def cost(self, horizon: int, training: Training) -> float:
@@ -64,15 +68,16 @@ class Unroll(Engine):
 
 
 class UnrolledWindow(Window):
-    """A window whose steps are one growing graph, its fast weights in the model's own slots."""
+    """A window that keeps the graph of each step, its fast weights in the model's own slots."""
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
-        self._gradient_is_constant = not training.in_loss
         self._unrolled = unrolled(training.optimizer)
+        self._steps: list[tuple[State, State]] = []  # s_{t-1}, in leaves, and s_t in their graph
+        self._state = CONSTANT
 
     def step(self, step: TrainingStep) -> None:
-        """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
+        """Make s_t = Φ_t(s_{t-1}, λ), and keep its graph."""
 
         def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
             check_dependence(grads)
@@ -82,17 +87,33 @@ class UnrolledWindow(Window):
 
         # The first step starts from constants, so its gradient is one, unless the loss has a
         # hyperparameter of its own: no second derivative of that loss is ever asked for.
-        self._unrolled._track_higher_grads = not self._gradient_is_constant
-        self._gradient_is_constant = False
+        self._unrolled._track_higher_grads = bool(self._steps or self.training.in_loss)
         self._follow_groups(step.transition.groups)
         loss = step.with_graph()
+        check_inner(loss, self.params)
         params = self._unrolled.step(
             loss * seed(loss),  # `higher` begins backward with a 1 of its own
             params=self.params,
             override=step.transition.overrides(),
             grad_callback=checked,
         )
-        self.params = self.training.slots.fill(params)
+        self._cut(State(params, [states.get(i, {}) for states, i in self._places()]))
+
+    def _places(self) -> Iterator[tuple[dict[int, dict[str, Any]], int]]:
+        """Yield, for each parameter, its group's buffers in `higher`, and its number there."""
+        for states, group in zip(self._unrolled.state, self._unrolled.param_groups, strict=True):
+            yield from ((states, i) for i in range(len(group["params"])))
+
+    def _cut(self, following: State) -> None:
+        """Keep the graph of s_t, and go on from leaves in its place."""
+        self._steps.append((self._state, following))
+        leaves = following.map(_leaf)
+        held = zip(self.params, following.params, leaves.params, strict=True)
+        weights = [old if new is old else leaf for old, new, leaf in held]
+        self.params = self.training.slots.fill(weights)
+        self._state = State(self.params, leaves.buffers)
+        for (states, i), buffers in zip(self._places(), leaves.buffers, strict=True):
+            states[i] = buffers
 
     def _follow_groups(self, groups: Sequence[dict[str, Any]]) -> None:
         """Take over what a scheduler wrote to the param groups since the last step."""
@@ -105,34 +126,31 @@ class UnrolledWindow(Window):
         Raises:
             WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
-        values, loss = self.training.values(), outer_loss()
+        values = self.training.values()
         try:
+            loss, at_end, total = outer_gradient(outer_loss, self.params, values)
+            adjoint = of_params(at_end)
             with sparse_gradients():
-                gradients = torch.autograd.grad(loss, list(values.values()), allow_unused=True)
-            if all(gradient is None for gradient in gradients):
-                self._check_outer_dependence(loss)
+                while self._steps:
+                    state, following = self._steps.pop()
+                    adjoint, found = vjp(state, values, following, adjoint)
+                    total = added(total, found)
         except RuntimeError as error:
             if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
                 raise _broken_graph() from error
             raise
-        return loss.detach(), {
-            name: torch.zeros_like(value) if gradient is None else _settled(gradient)
-            for (name, value), gradient in zip(values.items(), gradients, strict=True)
-        }
-
-    def _check_outer_dependence(self, outer_loss: Tensor) -> None:
-        trainable = [p for p in self.params if p.requires_grad]
-        gradients = torch.autograd.grad(outer_loss, trainable, allow_unused=True)
-        if all(gradient is None for gradient in gradients):
-            raise independent_outer_loss()
+        return loss, {n: _settled(found) for n, found in completed(total, values).items()}
 
     def close(self) -> Carried | None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
         self.training.slots.hand_back(self.params)
-        groups = zip(self._unrolled.state, self._unrolled.param_groups, strict=True)
-        buffers = [states.get(i, {}) for states, g in groups for i in range(len(g["params"]))]
-        set_state(self.training.optimizer, buffers)
+        set_state(self.training.optimizer, [states.get(i, {}) for states, i in self._places()])
         return None
+
+
+def _leaf(part: Tensor) -> Tensor:
+    """Return a part of s_t cut from its graph."""
+    return part.detach().requires_grad_() if part.requires_grad else part
 
 
 def _settled(gradient: Tensor) -> Tensor:

@@ -272,6 +272,11 @@ def test_an_average_out_of_its_range_is_refused(average):
         Implicit(inner_loss=len, average=average)
 
 
+def test_a_preconditioner_to_hold_is_refused_where_none_is_in_the_system():
+    with pytest.raises(ArgumentError, match="`holds_preconditioner` of Implicit has no meaning"):
+        Implicit(FixedPoint(), holds_preconditioner=True)
+
+
 def test_an_average_without_a_loss_to_take_there_is_refused():
     with pytest.raises(ArgumentError, match="`average` of Implicit needs an `inner_loss`"):
         Implicit(average=0.9)
