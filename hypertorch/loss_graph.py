@@ -1,6 +1,7 @@
 """What the graph of a loss says of where it comes from, and what torch says of it."""
 
 from collections.abc import Sequence, Set
+from functools import cached_property
 from typing import Any, NoReturn
 
 import torch
@@ -18,62 +19,58 @@ _INEXACT = {
 }
 
 
-def check_inner(loss: Tensor, weights: Sequence[Tensor]) -> None:
-    """Refuse a loss of which the window's second derivatives would be wrong.
+class LossGraph:
+    """What an inner or outer loss was computed from, down to the weights that the model holds.
 
     Args:
-        loss: an inner loss, with its graph.
+        loss: one without a graph says nothing.
         weights: as the model holds them now.
 
-    Raises:
-        WindowError: it uses a weight as it was at the window's start, through an old reference.
-        UnsupportedError: it uses a gradient that torch cannot differentiate twice; names the layer.
-
-    Cost: one walk over the graph of `loss`, down to the present weights.
+    Cost: one walk over the graph, at the first question.
     """
-    seen = _seen(loss, weights)
-    _check_references(seen, weights)
-    for node in seen:
-        layer = _INEXACT.get(node.name()) if node is not None else None
-        if layer and getattr(node, "_saved_train", True):
-            raise UnsupportedError(
-                f"The loss uses a gradient through {layer}, as a gradient penalty does, of which "
-                "torch's second derivatives are wrong. Write the normalisation in operations of "
-                "its own; or call `loss.backward(); step()` with `engine=FirstOrder()`, which "
-                "needs none."
+
+    def __init__(self, loss: Tensor, weights: Sequence[Tensor]) -> None:
+        self._loss, self._weights = loss, weights
+        self._fast = [w for w in weights if isinstance(w, FastParameter)]
+
+    @cached_property
+    def _seen(self) -> set[Any]:
+        return _nodes(self._loss, {w.grad_fn for w in self._weights if w.grad_fn is not None})
+
+    def leaves(self) -> set[int]:
+        """Return the ids of the leaves that require a gradient."""
+        return {id(node.variable) for node in self._seen if hasattr(node, "variable")}
+
+    def check_references(self) -> None:
+        """Refuse a loss that uses a weight as it was at the window's start.
+
+        Raises:
+            WindowError: it does, through an old reference.
+        """
+        if not self._fast or self.leaves().isdisjoint({id(w.live) for w in self._fast}):
+            return
+        if not self._seen.isdisjoint({w.grad_fn for w in self._fast}):
+            raise WindowError(
+                "The loss uses a weight as it was when the window opened, from a reference that "
+                "was taken before. Take weights from the model in every step: "
+                "`model.parameters()`, `model.layer.weight`."
             )
 
+    def check_second_derivatives(self) -> None:
+        """Refuse a loss that uses a gradient of which torch's second derivatives are wrong.
 
-def check_outer(loss: Tensor, weights: Sequence[Tensor]) -> None:
-    """Refuse an outer loss that uses a weight as it was at the window's start.
-
-    Args:
-        loss: E; without a graph it says nothing.
-        weights: as the model holds them now.
-
-    Raises:
-        WindowError: it does, through an old reference.
-
-    Cost: one walk over the graph of `loss`, where the model holds other weights than the live ones.
-    """
-    if any(isinstance(w, FastParameter) for w in weights):
-        _check_references(_seen(loss, weights), weights)
-
-
-def _seen(loss: Tensor, weights: Sequence[Tensor]) -> set[Any]:
-    return _nodes(loss, {w.grad_fn for w in weights if w.grad_fn is not None})
-
-
-def _check_references(seen: Set[Any], weights: Sequence[Tensor]) -> None:
-    fast = [w for w in weights if isinstance(w, FastParameter)]
-    replaced = {id(w.live) for w in fast}
-    is_old = any(id(getattr(node, "variable", None)) in replaced for node in seen)
-    if is_old and not seen.isdisjoint({w.grad_fn for w in fast}):
-        raise WindowError(
-            "The loss uses a weight as it was when the window opened, from a reference that was "
-            "taken before. Take weights from the model in every step: "
-            "`model.parameters()`, `model.layer.weight`."
-        )
+        Raises:
+            UnsupportedError: names the layer.
+        """
+        for node in self._seen:
+            layer = _INEXACT.get(node.name()) if node is not None else None
+            if layer and getattr(node, "_saved_train", True):
+                raise UnsupportedError(
+                    f"The loss uses a gradient through {layer}, as a gradient penalty does, of "
+                    "which torch's second derivatives are wrong. Write the normalisation in "
+                    "operations of its own; or call `loss.backward(); step()` with "
+                    "`engine=FirstOrder()`, which needs none."
+                )
 
 
 def narrowest(loss: Tensor) -> torch.dtype:
@@ -116,7 +113,7 @@ def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:
     if "modified by an inplace operation" in str(error):
         raise WindowError(
             f"The loss cannot be differentiated any more: {error} A weight may have been written "
-            "to between the loss and its step. Do so after the step."
+            "to, or the window closed, between the loss and its step. Do so after the step."
         ) from error
     if "backward through the graph a second time" not in str(error):
         raise error

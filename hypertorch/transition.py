@@ -18,7 +18,7 @@ from .double_backward import seed
 from .dynamics import Dynamics, read_setting
 from .errors import WindowError
 from .hyperparameters import Hyperparameter, number_of
-from .loss_graph import check_inner
+from .loss_graph import LossGraph
 from .settings import Setting, where_learned
 from .state import Parts, State
 
@@ -125,7 +125,9 @@ class Linearised:
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
         self._joint = [*_trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
-        check_inner(loss, state.params)
+        graph = LossGraph(loss, state.params)
+        graph.check_references()
+        graph.check_second_derivatives()
         self._gradient = torch.autograd.grad(
             loss, self._joint, seed(loss), create_graph=True, allow_unused=True
         )

@@ -149,18 +149,11 @@ def test_where_a_window_is_due_it_is_said_once_that_nothing_is_learned(play, sai
     ("engine", "steps", "said"),
     [
         (
-            hypertorch.Forward(),
+            hypertorch.Unroll(),
             1,
             "A window of 3 steps is open, and the closure called backward itself: no loss is left "
             "to differentiate. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees "
             "to both.",
-        ),
-        (
-            hypertorch.Unroll(),
-            1,
-            "The graph of the closure's loss was used up before its step. `step(closure)` runs "
-            "backward itself: leave `backward()` and `zero_grad()` out of the closure, and let it "
-            "compute the loss anew.",
         ),
         (
             hypertorch.Replay(),

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..dynamics import Dynamics
 from ..errors import WindowError
 from ..hyperparameters import Hyperparameter, held_as
-from ..loss_graph import check_outer
+from ..loss_graph import LossGraph
 from ..settings import Setting
 from ..slots import Slots
 from ..state import State, versions
@@ -265,7 +265,7 @@ def outer_gradient(
     if isinstance(outer_loss, TakenOnce):
         return outer_loss.gradient(params, values, average)
     loss, trainable = outer_loss(), [p for p in params if p.requires_grad]
-    check_outer(loss, params)
+    LossGraph(loss, params).check_references()
     found = torch.autograd.grad(loss, [*trainable, *values.values()], allow_unused=True)
     if all(gradient is None for gradient in found[: len(trainable)]):
         raise independent_outer_loss()

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from ..loss_graph import check_inner
+from ..loss_graph import LossGraph
 from ..state import CONSTANT, State, of_params, set_state
 from ..transition import gradients, vjp
 from .engine import (
@@ -72,7 +72,10 @@ class OneStepWindow(Window):
         """Make s_t = Φ_t(s_{t-1}, λ), with s_{t-1} constant, and let go of the step before."""
         has_graph = bool(self.training.in_loss)  # of ∇L, where λ is in it
         loss = step.with_graph()
-        check_inner(loss, self.params)
+        graph = LossGraph(loss, self.params)
+        graph.check_references()
+        if has_graph:
+            graph.check_second_derivatives()
         grads = gradients(loss, self.params, create_graph=has_graph)
         step.check(grads)
         before = State([p.detach() for p in self.params], self._buffers)

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
-from ..loss_graph import check_outer, narrowest
+from ..loss_graph import LossGraph, narrowest
 from ..state import State
 from ..surroundings import ModuleBuffers, TorchRandomState, leaving_no_trace
 from ..transition import Transition, gradients
@@ -141,7 +141,7 @@ class Recording:
                 held.enter_context(self.training.hyperparameters[name].at(value))
             held.enter_context(leaving_no_trace(slots.model))
             loss = outer_loss()
-            check_outer(loss, weights)
+            LossGraph(loss, weights).check_references()
             return loss.detach()
 
     def go_live(self) -> None:

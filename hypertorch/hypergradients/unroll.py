@@ -1,21 +1,22 @@
-"""Reverse mode on stored graphs: α_K = ∂_s E, α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E.
+"""Reverse mode on the stored graph: α_K = ∂_s E, α_{t-1} = A_tᵀ α_t, dE/dλ = Σ_t B_tᵀ α_t + ∂_λ E.
 
-`higher` makes each step by our Φ, with its graph. The graphs are apart: a loss that is itself
-differentiated, in an input that other steps used too, sees the weights as plain training shows
-them, and not how they came about.
+`higher` runs the unroll of our Φ; one backward pass of autograd from E is the recursion. Where a
+loss uses other leaves (an input that requires a gradient), the graph is cut after its step: who
+differentiates a later loss in them is to see the weights, and not how they came about.
 """
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..double_backward import seed
 from ..dynamics import unrolled
 from ..entries import sparse_gradients
 from ..errors import WindowError
-from ..loss_graph import check_inner
-from ..state import CONSTANT, State, of_params, set_state
+from ..loss_graph import LossGraph
+from ..state import CONSTANT, Parts, State, set_state
 from ..transition import check_dependence, vjp
 from .engine import (
     Carried,
@@ -26,7 +27,7 @@ from .engine import (
     Window,
     added,
     completed,
-    outer_gradient,
+    independent_outer_loss,
 )
 
 
@@ -68,16 +69,18 @@ class Unroll(Engine):
 
 
 class UnrolledWindow(Window):
-    """A window that keeps the graph of each step, its fast weights in the model's own slots."""
+    """A window whose steps are one growing graph, its fast weights in the model's own slots."""
 
     def __init__(self, training: Training) -> None:
         super().__init__(training)
         self._unrolled = unrolled(training.optimizer)
-        self._steps: list[tuple[State, State]] = []  # s_{t-1}, in leaves, and s_t in their graph
-        self._state = CONSTANT
+        self._own = {id(t) for t in (*self.params, *training.values().values())}
+        self._gradient_is_constant = not training.in_loss
+        self._start = CONSTANT  # of the present graph: leaves
+        self._cut_off: list[tuple[State, State]] = []  # graphs before it: from where to where
 
     def step(self, step: TrainingStep) -> None:
-        """Make s_t = Φ_t(s_{t-1}, λ), and keep its graph."""
+        """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
 
         def checked(grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
             check_dependence(grads)
@@ -87,31 +90,39 @@ class UnrolledWindow(Window):
 
         # The first step starts from constants, so its gradient is one, unless the loss has a
         # hyperparameter of its own: no second derivative of that loss is ever asked for.
-        self._unrolled._track_higher_grads = bool(self._steps or self.training.in_loss)
+        is_constant, self._gradient_is_constant = self._gradient_is_constant, False
+        self._unrolled._track_higher_grads = not is_constant
         self._follow_groups(step.transition.groups)
         loss = step.with_graph()
-        check_inner(loss, self.params)
+        graph = LossGraph(loss, self.params)
+        if not is_constant:
+            graph.check_references()
+            graph.check_second_derivatives()
         params = self._unrolled.step(
             loss * seed(loss),  # `higher` begins backward with a 1 of its own
             params=self.params,
             override=step.transition.overrides(),
             grad_callback=checked,
         )
-        self._cut(State(params, [states.get(i, {}) for states, i in self._places()]))
+        self.params = self.training.slots.fill(params)
+        if not is_constant and not graph.leaves() <= self._own:
+            self._cut()
+
+    def _present(self) -> State:
+        return State(self.params, [states.get(i, {}) for states, i in self._places()])
 
     def _places(self) -> Iterator[tuple[dict[int, dict[str, Any]], int]]:
         """Yield, for each parameter, its group's buffers in `higher`, and its number there."""
         for states, group in zip(self._unrolled.state, self._unrolled.param_groups, strict=True):
             yield from ((states, i) for i in range(len(group["params"])))
 
-    def _cut(self, following: State) -> None:
-        """Keep the graph of s_t, and go on from leaves in its place."""
-        self._steps.append((self._state, following))
-        leaves = following.map(_leaf)
-        held = zip(self.params, following.params, leaves.params, strict=True)
-        weights = [old if new is old else leaf for old, new, leaf in held]
-        self.params = self.training.slots.fill(weights)
-        self._state = State(self.params, leaves.buffers)
+    def _cut(self) -> None:
+        """Keep the graph so far, and go on from leaves in its place."""
+        end = self._present()
+        self._cut_off.append((self._start, end))
+        leaves = end.map(_leaf)
+        self.params = self.training.slots.fill(leaves.params)
+        self._start = State(self.params, leaves.buffers)
         for (states, i), buffers in zip(self._places(), leaves.buffers, strict=True):
             states[i] = buffers
 
@@ -126,31 +137,51 @@ class UnrolledWindow(Window):
         Raises:
             WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
-        values = self.training.values()
+        values, loss = self.training.values(), outer_loss()
+        LossGraph(loss, self.params).check_references()
         try:
-            loss, at_end, total = outer_gradient(outer_loss, self.params, values)
-            adjoint = of_params(at_end)
             with sparse_gradients():
-                while self._steps:
-                    state, following = self._steps.pop()
-                    adjoint, found = vjp(state, values, following, adjoint)
+                adjoint, total = self._through_present_graph(loss, values)
+                for start, end in reversed(self._cut_off):
+                    adjoint, found = vjp(start, values, end, adjoint)
                     total = added(total, found)
         except RuntimeError as error:
             if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
                 raise _broken_graph() from error
             raise
-        return loss, {n: _settled(found) for n, found in completed(total, values).items()}
+        return loss.detach(), {n: _settled(found) for n, found in completed(total, values).items()}
+
+    def _through_present_graph(
+        self, outer_loss: Tensor, values: dict[str, Tensor]
+    ) -> tuple[Parts, dict[str, Tensor]]:
+        """Return α where the present graph begins, and dE/dλ as far as that."""
+        parts = {place: p for place, p in self._start.parts().items() if p.requires_grad}
+        inputs, is_cut = [*parts.values(), *values.values()], bool(self._cut_off)
+        found = torch.autograd.grad(outer_loss, inputs, allow_unused=True, retain_graph=is_cut)
+        if all(gradient is None for gradient in found):
+            self._check_outer_dependence(outer_loss)
+        by_name = zip(values, found[len(parts) :], strict=True)
+        return (
+            {place: g for place, g in zip(parts, found, strict=False) if g is not None},
+            {name: g for name, g in by_name if g is not None},
+        )
+
+    def _check_outer_dependence(self, outer_loss: Tensor) -> None:
+        trainable = [p for p in self.params if p.requires_grad]
+        gradients = torch.autograd.grad(outer_loss, trainable, allow_unused=True)
+        if all(gradient is None for gradient in gradients):
+            raise independent_outer_loss()
 
     def close(self) -> Carried | None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
         self.training.slots.hand_back(self.params)
-        set_state(self.training.optimizer, [states.get(i, {}) for states, i in self._places()])
+        set_state(self.training.optimizer, self._present().buffers)
         return None
 
 
 def _leaf(part: Tensor) -> Tensor:
-    """Return a part of s_t cut from its graph."""
-    return part.detach().requires_grad_() if part.requires_grad else part
+    """Return a part of s_t cut from its graph, if it has one."""
+    return part if part.is_leaf else part.detach().requires_grad_()
 
 
 def _settled(gradient: Tensor) -> Tensor:

@@ -139,7 +139,7 @@ def test_it_is_refused_in_training_whenever_it_sets_in():
     task = Equation(nn.Linear(1, 4), nn.LayerNorm(4), nn.Tanh(), nn.Linear(4, 1))
     options = {"window": 2, "update_every": 3}
     optimizer = HyperOptimizer(task.sgd(), task.model, task.fit, ["lr"], **options)
-    for _ in range(6):
+    for _ in range(7):
         optimizer.step(task.fit())
     before = weights(task.model)
     with pytest.raises(UnsupportedError, match="`engine=FirstOrder"):
