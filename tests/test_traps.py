@@ -381,6 +381,24 @@ def test_after_a_failed_outer_loss_attention_is_as_the_next_step_needs_it() -> N
     assert not is_fused_after_failure(update_every=3)
 
 
+@pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.Replay(None)], ids=repr)
+def test_statistics_that_later_steps_move_are_not_those_of_a_step_in_eval_mode(engine: Any) -> None:
+    """BatchNorm writes to them without a trace, in the graph of the earlier step too."""
+
+    def found(by: Any) -> dict[str, float]:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)
+        model = nn.Sequential(*layers).double()
+        bare = optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        optimizer = wrap(model, bare, window=5, update_every=5, engine=by)
+        for t in range(5):
+            model.train(t > 2)
+            step(optimizer, partial(inner, model, t))
+        return {name: h.item() for name, h in optimizer.hypergradients.items()}
+
+    assert found(engine) == pytest.approx(found(hypertorch.FiniteDifferences()), rel=1e-7)
+
+
 def test_a_compiled_model_runs_eagerly_in_a_window() -> None:
     def make(lr: float) -> Any:
         model = mlp()
