@@ -243,7 +243,7 @@ def place(hyperparameters: Iterable[Hyperparameter], weight: Tensor) -> None:
 
 
 def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:
-    """Raise unless `loss` is a scalar tensor, with a graph unless that is not asked for."""
+    """Raise unless `loss` is a real scalar tensor, with a graph unless that is not asked for."""
     if not isinstance(loss, Tensor):
         raise ArgumentTypeError(
             f"{what} must be a tensor. Got {type(loss).__name__}. "
@@ -252,6 +252,11 @@ def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:
     if loss.numel() != 1:
         raise ArgumentError(
             f"{what} must be a scalar. Got shape {tuple(loss.shape)}. Reduce it: `loss.mean()`."
+        )
+    if loss.is_complex():
+        raise ArgumentError(
+            f"{what} must be real. Got {loss.dtype}. Take its modulus or its real part: "
+            "`loss.abs()`, `loss.real`."
         )
     if has_graph and not loss.requires_grad:
         raise ArgumentError(

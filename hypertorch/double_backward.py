@@ -1,9 +1,10 @@
 """What torch must be told while a window lasts, so that a loss can be differentiated twice.
 
 Fused attention, cuDNN's recurrent networks and compiled modules have no double backward; that of
-fused weight normalisation is wrong, and that of activation checkpointing recomputes with later
-weights. Their plain counterparts are right; each is switched only while some window lasts, and
-switched back after. What is marked `once_differentiable` has no counterpart, and is refused.
+fused weight normalisation is wrong, that of activation checkpointing recomputes with later weights,
+and that of BatchNorm in eval mode reads later statistics. Their plain counterparts are right; each
+is switched only while some window lasts, and switched back after. What is marked
+`once_differentiable` has no counterpart, and is refused.
 """
 
 import sys
@@ -33,7 +34,8 @@ class TwiceDifferentiable:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._switches = [_math_attention, without_recomputation, _refusing_once_differentiable]
+        self._switches = [_math_attention, without_recomputation, _own_statistics]
+        self._switches.append(_refusing_once_differentiable)
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
@@ -222,6 +224,26 @@ def _composite_weight_norm() -> Iterator[None]:
         yield
     finally:
         torch._weight_norm = _legacy._weight_norm = fused  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _own_statistics() -> Iterator[None]:
+    """Use copies of BatchNorm's running statistics where it normalises by them.
+
+    A later step in training's mode moves them in place, unseen by torch, and would move the graph.
+    """
+    shared = torch.batch_norm
+
+    def own(x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Tensor:
+        if not training and mean is not None:
+            mean, var = mean.clone(), var.clone()
+        return shared(x, w, b, mean, var, training, *rest)
+
+    torch.batch_norm = own  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.batch_norm = shared
 
 
 def _is_weight_normalised(module: nn.Module) -> bool:

@@ -138,8 +138,6 @@ class HyperOptimizer(OptimizerWrapper):
             )
         self._monitor = self._new_monitor(writer)
 
-    # What was learned.
-
     @property
     def hypergradients(self) -> dict[str, Tensor] | None:
         """dE/dλ of the latest outer update by name, in λ's units and shape; `None` before."""
@@ -259,7 +257,8 @@ class HyperOptimizer(OptimizerWrapper):
 
         The model then holds ordinary Parameters with the present weights. A checkpoint does this by
         itself; call it when training ends. The next `step` goes on, and what is left of the window
-        is differentiated from there.
+        is differentiated from there: torch's attention and the like stay as that step needs them,
+        until it is made or the optimizer is dropped.
         """
         if self._loop:
             self._loop.close()

@@ -211,6 +211,7 @@ class OuterLoop:
             raise
         except BaseException:
             self.close()
+            self.get_ready()
             raise
         losses, horizon, unforeseen = self._losses, self._steps_in_window, self._open[0].unforeseen
         self.close()
@@ -240,11 +241,10 @@ class OuterLoop:
         self.groups.publish()
 
     def close(self) -> None:
-        """Hand an open window back to the live model and optimizer, and release the switches."""
+        """Hand an open window back to the live model and optimizer."""
         for window in self._open:
             self._carried = window.close()
         self._forget_window()
-        self._switches.release()
 
     def _forget_window(self) -> None:
         self._open.clear()

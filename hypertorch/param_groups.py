@@ -104,7 +104,8 @@ class LearnedGroups:
         if name != "lr":
             write_setting(group, name, value)
         elif "initial_lr" not in group:
-            group["lr"] = value * self.schedule(g)
+            is_new = value != self.reference[g]  # else the product is lr to rounding alone
+            group["lr"] = value * self.schedule(g) if is_new else float(group["lr"])
             self.reference[g] = value
 
     def start(self) -> None:

@@ -256,7 +256,7 @@ class Safeguards:
         lr.clamp_()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the counters and the level of the loss; the snapshot is not part of it."""
+        """Return the counters, the level of the loss and what it may reach, but no snapshot."""
         return {
             "rollbacks": self.rollbacks,
             "in_a_row": self._in_a_row,
@@ -266,14 +266,17 @@ class Safeguards:
             "level": self._level,
             "deviation": self._deviation,
             "usual": self._usual,
+            "limit": self.probation.limit if self.probation else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over the counters; the next step remembers the state it starts from."""
+        """Take over what was returned; the next step remembers the state it starts from."""
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
         self._usual, self._steps = state.get("usual", 0.0), state.get("steps", 0)
+        if self.probation and (limit := state.get("limit")) is not None:
+            self.probation = self.probation._replace(limit=limit)
         self._pending.clear()
         self.forget()
 

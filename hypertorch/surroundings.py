@@ -50,6 +50,19 @@ class ModuleBuffers:
                 module._buffers[name] = buffer
 
 
+class ModuleModes:
+    """Whether each module of a model trains or is evaluated, at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [(module, module.training) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Set each module back to its mode at that moment; a module is slow to write to."""
+        for module, training in self._saved:
+            if module.training != training:
+                module.training = training
+
+
 class TorchRandomState:
     """The state of torch's global random number generators."""
 
@@ -84,12 +97,11 @@ class RandomState(TorchRandomState):
 @contextmanager
 def keeping_modes(model: nn.Module) -> Iterator[None]:
     """Within, modules may be set to train or to evaluate; after, each has its mode of before."""
-    modes = [(module, module.training) for module in model.modules()]
+    modes = ModuleModes(model)
     try:
         yield
     finally:
-        for module, training in modes:
-            module.training = training
+        modes.restore()
 
 
 @contextmanager

@@ -31,6 +31,10 @@ STALE = (
 NO_GRAPH = (
     "{} has no graph. Compute it from the model, outside `torch.no_grad()` and without `.detach()`."
 )
+COMPLEX = (
+    "{} must be real. Got torch.complex128. Take its modulus or its real part: "
+    "`loss.abs()`, `loss.real`."
+)
 USED_UP = (
     "The loss's graph was used up before its step. `step(loss)` runs backward itself: "
     "remove `loss.backward()`, or make a plain step, `step()`, after it."
@@ -195,6 +199,12 @@ USE = [
         "one loss per example",
         lambda b, wrapper: wrapper.step(b.model[0].weight.sum(1)),
         "The inner loss must be a scalar. Got shape (6,). Reduce it: `loss.mean()`.",
+        Bench.in_window,
+    ),
+    value_error(
+        "a complex loss",
+        lambda b, wrapper: wrapper.step(b.model[0].weight.sum() * (1 + 1j)),
+        COMPLEX.format("The inner loss"),
         Bench.in_window,
     ),
     value_error(
@@ -464,6 +474,12 @@ OUTER = [
         lambda b, wrapper: wrapper.step(b.loss()),
         "The outer loss must be a scalar. Got shape (6,). Reduce it: `loss.mean()`.",
         with_outer(lambda b: b.model[0].weight.sum(1)),
+    ),
+    value_error(
+        "an outer loss that is complex",
+        lambda b, wrapper: wrapper.step(b.loss()),
+        COMPLEX.format("The outer loss"),
+        with_outer(lambda b: b.loss() * (1 + 1j)),
     ),
     value_error(
         "an outer loss without a graph",

@@ -383,6 +383,22 @@ def test_a_checkpoint_brings_what_the_trials_chose():
     assert {name: h.bounds for name, h in optimizer.hyperparameters.items()} == bounds
 
 
+def test_a_checkpoint_brings_what_the_first_steps_may_reach():
+    """Who resumes it has measured that at other weights, which count for an old checkpoint."""
+    _, optimizer, *_ = started(0.1, 1e-3)
+    state = optimizer.state_dict()
+    limit = optimizer._loop.safeguards.probation.limit
+    older = copy.deepcopy(state)
+    older["hypertorch"]["safeguards"].pop("limit", None)
+    _, resumed, *_ = started(0.1, 1e-3, seed=5)
+    guards = resumed._loop.safeguards
+    own = guards.probation.limit
+    resumed.load_state_dict(older)
+    assert guards.probation.limit == own != limit
+    resumed.load_state_dict(state)
+    assert guards.probation.limit == limit
+
+
 def test_a_copy_within_a_window_goes_on_alike():
     """Windows that nearly follow each other: what an average remembers is not carried over."""
     parts = started(0.1, 1e-3, window=100)

@@ -186,6 +186,18 @@ def test_without_a_closed_form_schedule_the_groups_show_the_rate_itself(name):
             advance(scheduler, t)
 
 
+@pytest.mark.parametrize("start", [0.05, 0.055, 0.082, 0.1])
+def test_a_resumed_run_shows_the_rate_that_a_plateau_has_left_to_the_bit(start):
+    line, resumed = Line(start), Line(start)
+    scheduler = lrs.ReduceLROnPlateau(line.wrap(), factor=0.1, patience=0)
+    line.step()
+    for _ in range(4):
+        scheduler.step(1.0)
+    resumed.wrap().load_state_dict(line.wrapper.state_dict())
+    shown, expected = (each.param_groups[0]["lr"] for each in (resumed.wrapper, line.wrapper))
+    assert shown == expected != start
+
+
 @pytest.mark.parametrize("when", ["before wrapping", "after wrapping"])
 @pytest.mark.parametrize("optimizer", ["SGD with momentum", "AdamW"])
 @pytest.mark.parametrize("name", ["CyclicLR", "OneCycleLR"])

@@ -317,6 +317,88 @@ def test_attention_stays_fused_in_every_step_that_gives_gradients_alone(
     assert all(allowed["training"]) and allowed["kept"] == [False] * 2
 
 
+class WeightNormed(nn.Sequential):
+    def __init__(self) -> None:
+        first = nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
+        super().__init__(first, nn.Tanh(), nn.Linear(6, 2))
+
+
+def replace_state(optimizer: Any, loss: Callable[[], Tensor]) -> None:
+    optimizer.state = optimizer.state
+
+
+CLOSINGS: dict[str, Callable[..., Any]] = {
+    "close": lambda optimizer, loss: optimizer.close(),
+    "another state": replace_state,
+    "hypergradient": lambda o, loss: hypertorch.hypergradient(o, [loss], loss),
+    "check_hypergradient": lambda o, loss: hypertorch.check_hypergradient(o, [loss], loss),
+}
+
+
+@pytest.mark.parametrize("closed_at", [3, 4], ids=["between windows", "within a window"])
+@pytest.mark.parametrize("close", CLOSINGS.values(), ids=CLOSINGS)
+@pytest.mark.parametrize("kind", [FusedAttention, WeightNormed])
+def test_a_step_after_its_window_was_closed_is_differentiated_twice_too(
+    kind: Any, close: Callable[..., Any], closed_at: int
+) -> None:
+    """Tangents in real time go on where the window was closed, and lose nothing by it."""
+
+    def trained(pause: Callable[..., Any]) -> dict[str, float]:
+        torch.manual_seed(0)
+        model = kind().double()
+        bare = optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        optimizer = wrap(model, bare, engine=hypertorch.Forward(real_time=True))
+        for t in range(6):
+            if t == closed_at:
+                pause(optimizer, partial(inner, model))
+            optimizer.step(inner(model, t))
+        return {name: h.item() for name, h in optimizer.hypergradients.items()}
+
+    expected = trained(lambda optimizer, loss: None)
+    assert trained(close) == pytest.approx(expected, rel=1e-12)
+
+
+def test_after_a_failed_outer_loss_attention_is_as_the_next_step_needs_it() -> None:
+    def is_fused_after_failure(update_every: int) -> bool:
+        gc.collect()  # as above
+        torch.manual_seed(0)
+        model = FusedAttention().double()
+
+        def interrupted() -> Tensor:
+            raise InterruptedError
+
+        bare = optim.SGD(model.parameters(), lr=0.1)
+        optimizer = hypertorch.HyperOptimizer(
+            bare, model, interrupted, "lr", window=3, update_every=update_every
+        )
+        for _ in range(2):
+            optimizer.step(inner(model))
+        with pytest.raises(InterruptedError):
+            optimizer.step(inner(model))
+        return torch.backends.cuda.flash_sdp_enabled()
+
+    assert is_fused_after_failure(update_every=5)
+    assert not is_fused_after_failure(update_every=3)
+
+
+@pytest.mark.parametrize("engine", [hypertorch.Unroll(), hypertorch.Replay(None)], ids=repr)
+def test_statistics_that_later_steps_move_are_not_those_of_a_step_in_eval_mode(engine: Any) -> None:
+    """BatchNorm writes to them without a trace, in the graph of the earlier step too."""
+
+    def found(by: Any) -> dict[str, float]:
+        torch.manual_seed(0)
+        layers = nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 2)
+        model = nn.Sequential(*layers).double()
+        bare = optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+        optimizer = wrap(model, bare, window=5, update_every=5, engine=by)
+        for t in range(5):
+            model.train(t > 2)
+            step(optimizer, partial(inner, model, t))
+        return {name: h.item() for name, h in optimizer.hypergradients.items()}
+
+    assert found(engine) == pytest.approx(found(hypertorch.FiniteDifferences()), rel=1e-7)
+
+
 def test_a_compiled_model_runs_eagerly_in_a_window() -> None:
     def make(lr: float) -> Any:
         model = mlp()

@@ -181,12 +181,9 @@ class EvolvedWindow(LiveWindow):
         self._recording.make(step)
         if not self._particles:
             return
-        try:
-            with leaving_no_trace(self.training.slots.model):
-                t = len(self._recording) - 1
-                self._particles = [self._again(t, i) for i in range(len(self._particles))]
-        finally:
-            self._recording.go_live()
+        with leaving_no_trace(self.training.slots.model), self._recording.made_again():
+            t = len(self._recording) - 1
+            self._particles = [self._again(t, i) for i in range(len(self._particles))]
 
     def _again(self, t: int, i: int) -> Moment:
         """Return particle `i` after step `t`."""
@@ -221,13 +218,11 @@ class EvolvedWindow(LiveWindow):
             WindowError: a closure is not replayable.
         """
         randomness = RandomState()
-        try:
+        with self._recording.made_again():
             value = outer_loss().detach()
             particles = range(2 * self._engine.pairs)
             losses = [self._outer_loss_of(i, outer_loss, randomness) for i in particles]
             self._check_replay()
-        finally:
-            self._recording.go_live()
         self._updates += 1
         ends = torch.stack(losses).cpu().double()
         gradient = estimate(self._accumulated, ends[0::2] - ends[1::2], self._engine.scale)

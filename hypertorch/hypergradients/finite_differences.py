@@ -93,12 +93,10 @@ class DifferencedWindow(LiveWindow):
             WindowError: a closure is not replayable.
             UnsupportedError: a λ_j is at its bound, to rounding.
         """
-        try:
+        with self._recording.made_again():
             value = outer_loss().detach()
             self._check_replay()
             return value, {name: self._all(name, outer_loss) for name in self.training.values()}
-        finally:
-            self._recording.go_live()
 
     def _check_replay(self) -> None:
         recording, state, losses = self._recording, self._recording.start.state, []

@@ -1,12 +1,12 @@
 """A window's steps as they can be made again: s_t = Φ_t(s_{t-1}, λ) on the same batches and noise.
 
-What is kept of a step is its closure, its Φ_t and torch's random numbers as it began; states are
-computed again from the start of the window. The live weights are not written to: a step that is
-made again has weights of its own, in the model's slots.
+What is kept of a step is its closure, its Φ_t, and the modules' modes and torch's random numbers as
+it began; states are computed again from the start of the window. The live weights are not written
+to: a step that is made again has weights of its own, in the model's slots.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -19,7 +19,13 @@ from torch.utils._pytree import tree_leaves
 from ..errors import WindowError
 from ..loss_graph import LossGraph, narrowest
 from ..state import State
-from ..surroundings import ModuleBuffers, TorchRandomState, leaving_no_trace
+from ..surroundings import (
+    ModuleBuffers,
+    ModuleModes,
+    TorchRandomState,
+    keeping_modes,
+    leaving_no_trace,
+)
 from ..transition import Transition, gradients
 from .engine import OuterLoss, Training, TrainingStep
 
@@ -38,6 +44,7 @@ class _Made:
 
     transition: Transition
     closure: Callable[[], Tensor]
+    modes: ModuleModes
     randomness: TorchRandomState
     loss: Tensor
 
@@ -56,7 +63,8 @@ class Recording:
     Attributes:
         start: the state before the first step.
 
-    Cost: one copy of the state; each step, the state of torch's random number generators.
+    Cost: one copy of the state; each step, the modules' modes and the state of torch's random
+    number generators.
     """
 
     def __init__(self, training: Training) -> None:
@@ -79,21 +87,22 @@ class Recording:
         Raises:
             WindowError: the loss does not depend on the weights.
         """
-        randomness = TorchRandomState()
+        modes, randomness = ModuleModes(self.training.slots.model), TorchRandomState()
         loss = step.evaluate()
         if not self._made:
             self._precision = narrowest(loss)
         grads = gradients(loss, self.training.slots.params)
         step.make(grads)
         assert step.closure is not None
-        self._made.append(_Made(step.transition, step.closure, randomness, loss.detach()))
+        self._made.append(_Made(step.transition, step.closure, modes, randomness, loss.detach()))
 
     def transition(self, t: int) -> Transition:
         """Return Φ of step number `t`."""
         return self._made[t].transition
 
     def loss_again(self, t: int, params: Sequence[Tensor]) -> Tensor:
-        """Compute the inner loss of step `t` at other weights, with the step's random numbers."""
+        """Compute the inner loss of step `t` at other weights, in its modes, with its noise."""
+        self._made[t].modes.restore()
         self._made[t].randomness.restore()
         self.training.slots.fill(params)
         return self._made[t].closure()
@@ -118,7 +127,7 @@ class Recording:
             start: where from; default: where the window started.
 
         Returns:
-            s_K; the module buffers are those of the model then.
+            s_K; module buffers and modes are those of the model then.
         """
         start = start or self.start
         start.module_buffers.restore()
@@ -144,9 +153,14 @@ class Recording:
             LossGraph(loss, weights).check_references()
             return loss.detach()
 
-    def go_live(self) -> None:
-        """Give the model its live weights back."""
-        self.training.slots.fill(self.training.slots.params)
+    @contextmanager
+    def made_again(self) -> Iterator[None]:
+        """Within, steps may be made again; after, the model has its live weights and its modes."""
+        with keeping_modes(self.training.slots.model):
+            try:
+                yield
+            finally:
+                self.training.slots.fill(self.training.slots.params)
 
     def check(self, losses: Iterable[Tensor], first: int = 0) -> None:
         """Raise if steps, made again with the same λ, had other losses.

@@ -129,7 +129,7 @@ class ReplayedWindow(LiveWindow):
         Raises:
             WindowError: a closure is not replayable, or E is another model's.
         """
-        try:
+        with self._recording.made_again():
             values = self.training.values()
             loss, at_end, total = outer_gradient(outer_loss, self.params, values)
             adjoint, end = of_params(at_end), len(self._recording)
@@ -137,8 +137,6 @@ class ReplayedWindow(LiveWindow):
                 adjoint, found = self._through_segment(start, end, adjoint)
                 total, end = added(total, found), start
             return loss, completed(total, values)
-        finally:
-            self._recording.go_live()
 
     def _through_segment(
         self, start: int, end: int, adjoint: Parts

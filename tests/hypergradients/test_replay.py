@@ -25,7 +25,14 @@ from support import (
 from torch import Tensor, nn
 
 import hypertorch
-from hypertorch import FiniteDifferences, HyperOptimizer, Replay, Unroll, hypergradient
+from hypertorch import (
+    Evolution,
+    FiniteDifferences,
+    HyperOptimizer,
+    Replay,
+    Unroll,
+    hypergradient,
+)
 from hypertorch.hypergradients.replay import ReplayedWindow
 
 
@@ -174,6 +181,38 @@ def test_real_training_is_plain_training_with_the_same_hypergradients(engine):
     for name in ("lr", "weight_decay"):
         ours, theirs = (results[k]["hypergradients"][name] for k in ("engine", "unroll"))
         assert_close([ours], [theirs], 1e-9 if isinstance(engine, Replay) else 1e-6)
+
+
+def switching(engine: hypertorch.Engine, statistics_move: bool = True) -> list[Tensor]:
+    """Return the hypergradients of a window between whose steps a script sets modules' modes."""
+    torch.manual_seed(3)
+    model = network(dropout=0.3)
+    bare = built("SGD with momentum", model)
+    optimizer = wrapped(bare, model, window=7, update_every=7, engine=engine)
+    for t, (x, y) in enumerate(batches(7)):
+        model[1].train(statistics_move and t < 3)
+        model[3].train(t in (0, 1, 4))
+        modes = [module.training for module in model.modules()]
+        optimizer.step(partial(loss, model, x, y))
+        assert modes == [module.training for module in model.modules()]
+    assert optimizer.hypergradients is not None
+    return list(optimizer.hypergradients.values())
+
+
+@pytest.mark.parametrize("spacing", [1, 2, 3, None])
+def test_a_step_is_made_again_in_the_modes_it_was_made_in(spacing):
+    assert_close(switching(Replay(spacing)), switching(Unroll()), 1e-12)
+
+
+def test_differences_are_those_of_steps_in_the_modes_they_were_made_in():
+    """Of dropout alone: BatchNorm's statistics, used in eval mode, would move with λ."""
+    found, expected = (switching(e, statistics_move=False) for e in (FiniteDifferences(), Unroll()))
+    assert_close(found, expected, 1e-7)
+
+
+def test_particles_make_steps_later_in_the_modes_in_which_others_follow_at_once():
+    later, at_once = (switching(Evolution(3, persistent=p)) for p in (False, True))
+    assert_identical(later, at_once)
 
 
 def test_a_replayed_window_trains_bit_for_bit_as_the_bare_optimizer():
