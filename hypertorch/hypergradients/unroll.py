@@ -142,7 +142,8 @@ class UnrolledWindow(Window):
         try:
             with sparse_gradients():
                 adjoint, total = self._through_present_graph(loss, values)
-                for start, end in reversed(self._cut_off):
+                while self._cut_off:
+                    start, end = self._cut_off.pop()
                     adjoint, found = vjp(start, values, end, adjoint)
                     total = added(total, found)
         except RuntimeError as error:
