@@ -212,8 +212,9 @@ class HyperOptimizer(OptimizerWrapper):
                 self._record(loop)
         except Diverged as reason:
             loop.roll_back(reason)
-        if was_due or loop.is_window_due:
-            loop.get_ready()
+        finally:
+            if was_due or loop.is_window_due:
+                loop.get_ready()
 
     def _window_step(self, loop: OuterLoop, inner: InnerLoss) -> TrainingStep:
         """Return this step as an engine is given it."""

@@ -211,7 +211,6 @@ class OuterLoop:
             raise
         except BaseException:
             self.close()
-            self.get_ready()
             raise
         losses, horizon, unforeseen = self._losses, self._steps_in_window, self._open[0].unforeseen
         self.close()
