@@ -28,8 +28,9 @@ class TwiceDifferentiable:
         model: decides which switches are needed.
     """
 
-    #: Windows that hold the switches, and the way back once none does, for the whole process.
+    #: Who holds switches, which are thrown, and the way back once nobody does: of the process.
     _holders: ClassVar[list["TwiceDifferentiable"]] = []
+    _thrown: ClassVar[set[Callable[[], AbstractContextManager[None]]]] = set()
     _way_back: ClassVar[ExitStack] = ExitStack()
 
     def __init__(self, model: nn.Module) -> None:
@@ -54,7 +55,9 @@ class TwiceDifferentiable:
             return
         check_embeddings(self._model)
         for switch in self._switches:
-            TwiceDifferentiable._way_back.enter_context(switch())
+            if switch not in self._thrown:
+                self._way_back.enter_context(switch())
+                self._thrown.add(switch)
         self._holders.append(self)
 
     def release(self) -> None:
@@ -62,7 +65,8 @@ class TwiceDifferentiable:
         if self in self._holders:
             self._holders.remove(self)
             if not self._holders:
-                TwiceDifferentiable._way_back.pop_all().close()
+                self._thrown.clear()
+                self._way_back.pop_all().close()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -84,15 +88,17 @@ def check_embeddings(model: nn.Module) -> None:
         UnsupportedError: names the module.
     """
     for name, module in model.named_modules():
-        said = ""
+        owner = f"`{name}` ({type(module).__name__})"
         if getattr(module, "scale_grad_by_freq", False) is True:
-            said = "`scale_grad_by_freq=True`, which torch leaves out of second derivatives"
-        elif isinstance(module, _EMBEDDINGS) and module.max_norm is not None:
-            said = "`max_norm`, by which the forward pass writes to weights, unseen by derivatives"
-        if said:
             raise UnsupportedError(
-                f"`{name}` ({type(module).__name__}) has {said}. Build it without; or learn by "
-                "`FirstOrder` or `Displacement`, which need none."
+                f"{owner} has `scale_grad_by_freq=True`, which torch leaves out of second "
+                "derivatives. Build it without; or learn by `FirstOrder` or `Displacement`, which "
+                "need none."
+            )
+        if isinstance(module, _EMBEDDINGS) and module.max_norm is not None:
+            raise UnsupportedError(
+                f"{owner} has `max_norm`, by which the forward pass writes to weights, unseen by "
+                "derivatives. Build it without, and bound the norm of what it returns."
             )
 
 
@@ -234,12 +240,21 @@ def _own_statistics() -> Iterator[None]:
     """
     shared = torch.batch_norm
 
-    def own(x: Tensor, w: Any, b: Any, mean: Any, var: Any, training: bool, *rest: Any) -> Tensor:
-        if not training and mean is not None:
-            mean, var = mean.clone(), var.clone()
-        return shared(x, w, b, mean, var, training, *rest)
+    def own(  # by torch's names
+        input: Tensor,
+        weight: Any,
+        bias: Any,
+        running_mean: Any,
+        running_var: Any,
+        training: bool,
+        *rest: Any,
+        **named: Any,
+    ) -> Tensor:
+        if not training and running_mean is not None:
+            running_mean, running_var = running_mean.clone(), running_var.clone()
+        return shared(input, weight, bias, running_mean, running_var, training, *rest, **named)
 
-    torch.batch_norm = own  # type: ignore[assignment]
+    torch.batch_norm = own
     try:
         yield
     finally:

@@ -41,13 +41,13 @@ class LossGraph:
         """Return the ids of the leaves that require a gradient."""
         return {id(node.variable) for node in self._seen if hasattr(node, "variable")}
 
-    def check_references(self) -> None:
-        """Refuse a loss that uses a weight as it was at the window's start.
+    def check_references(self, former: Set[int] = frozenset()) -> None:
+        """Refuse a loss that uses a weight as it was at the window's start, or at `former` leaves.
 
         Raises:
             WindowError: it does, through an old reference.
         """
-        if not self._fast or self.leaves().isdisjoint({id(w.live) for w in self._fast}):
+        if not self._fast or self.leaves().isdisjoint({id(w.live) for w in self._fast} | former):
             return
         if not self._seen.isdisjoint({w.grad_fn for w in self._fast}):
             raise WindowError(

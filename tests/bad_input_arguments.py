@@ -423,8 +423,7 @@ ARGUMENTS = [
         "an embedding whose weights the forward pass writes to",
         wrap_embedding,
         "`0` (Embedding) has `max_norm`, by which the forward pass writes to weights, unseen by "
-        "derivatives. Build it without; or learn by `FirstOrder` or `Displacement`, which need "
-        "none.",
+        "derivatives. Build it without, and bound the norm of what it returns.",
         renormalising_embedding,
     ),
     unsupported(

@@ -305,6 +305,27 @@ def test_two_wrappers_hold_torchs_switches_until_the_last_lets_go():
     assert torch.backends.cuda.flash_sdp_enabled() == before
 
 
+def test_switches_that_one_wrapper_holds_are_not_thrown_again_by_another():
+    gc.collect()
+    first, second = (nn.Sequential(nn.BatchNorm1d(4), mlp()).double() for _ in range(2))
+    plain = torch.batch_norm
+    one = wrapped(built("SGD", first), first, window=2, update_every=2)
+    two = wrapped(built("SGD", second), second, window=1, update_every=2)
+    switched = torch.batch_norm
+    for _ in range(3):
+        train(first, one, batches(1))
+        train(second, two, batches(1))
+        assert torch.batch_norm is switched
+    x, layer = batches(1)[0][0], nn.BatchNorm1d(4).double()
+    named = {"weight": None, "bias": None, "momentum": 0.1, "eps": 1e-5, "cudnn_enabled": False}
+    statistics = {"running_mean": layer.running_mean, "running_var": layer.running_var}
+    found = switched(input=x, **statistics, **named, training=False)
+    assert torch.equal(found, plain(input=x, **statistics, **named, training=False))
+    del one, two
+    gc.collect()
+    assert torch.batch_norm is plain
+
+
 def test_hypergradients_and_costs_are_there_from_the_first_update_on():
     model = mlp()
     optimizer = wrapped(built("SGD", model), model)

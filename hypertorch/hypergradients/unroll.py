@@ -78,6 +78,8 @@ class UnrolledWindow(Window):
         self._gradient_is_constant = not training.in_loss
         self._start = CONSTANT  # of the present graph: leaves
         self._cut_off: list[tuple[State, State]] = []  # graphs before it: from where to where
+        self._leaves: set[int] = set()  # the weights where the present graph begins, by their ids
+        self._former: set[int] = set()  # those where one of the others does
 
     def step(self, step: TrainingStep) -> None:
         """Extend the graph by s_t = Φ_t(s_{t-1}, λ)."""
@@ -96,7 +98,7 @@ class UnrolledWindow(Window):
         loss = step.with_graph()
         graph = LossGraph(loss, self.params)
         if not is_constant:
-            graph.check_references()
+            graph.check_references(self._former)
             graph.check_second_derivatives()
         params = self._unrolled.step(
             loss * seed(loss),  # `higher` begins backward with a 1 of its own
@@ -121,6 +123,10 @@ class UnrolledWindow(Window):
         end = self._present()
         self._cut_off.append((self._start, end))
         leaves = end.map(_leaf)
+        self._former |= self._leaves
+        self._leaves = {
+            id(new) for new, old in zip(leaves.params, end.params, strict=True) if new is not old
+        }
         self.params = self.training.slots.fill(leaves.params)
         self._start = State(self.params, leaves.buffers)
         for (states, i), buffers in zip(self._places(), leaves.buffers, strict=True):
@@ -138,7 +144,7 @@ class UnrolledWindow(Window):
             WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
         values, loss = self.training.values(), outer_loss()
-        LossGraph(loss, self.params).check_references()
+        LossGraph(loss, self.params).check_references(self._former)
         try:
             with sparse_gradients():
                 adjoint, total = self._through_present_graph(loss, values)

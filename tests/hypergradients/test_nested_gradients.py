@@ -190,6 +190,24 @@ def test_where_the_live_weights_are_the_models_a_list_of_them_will_do():
         assert_close(list(found.values()), list(expected.values()))
 
 
+@pytest.mark.parametrize("place", ["inner", "outer"])
+def test_a_weight_of_an_earlier_step_is_one_too_where_the_graph_was_cut(place):
+    task = Equation()
+    seen = []
+
+    def inner() -> Tensor:
+        seen.append(task.model[0].weight)
+        anchor = seen[2] if place == "inner" and len(seen) > 3 else seen[-1].detach()
+        return task.fit() + (task.model[0].weight - anchor).square().sum()
+
+    def outer() -> Tensor:
+        return task.fit() + (task.model[0].weight - seen[2]).square().sum()
+
+    optimizer = HyperOptimizer(task.sgd(), task.model, outer=None, learn=["lr"])
+    with pytest.raises(WindowError, match="from a reference that was taken before"):
+        hypergradient(optimizer, [inner] * 5, outer if place == "outer" else task.fit)
+
+
 @pytest.mark.parametrize("form", ["training", "the functional form"])
 def test_an_inner_loss_of_weights_as_they_were_is_refused(form):
     task = Equation()
