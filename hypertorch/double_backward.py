@@ -35,8 +35,12 @@ class TwiceDifferentiable:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._switches = [_math_attention, without_recomputation, _own_statistics]
-        self._switches.append(_refusing_once_differentiable)
+        self._switches = [
+            _math_attention,
+            without_recomputation,
+            _own_statistics,
+            _refusing_once_differentiable,
+        ]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):

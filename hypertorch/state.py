@@ -79,9 +79,9 @@ Parts = dict[tuple[int, str], Tensor]
 CONSTANT = State([], [])
 
 
-def of_params(gradients: Sequence[Tensor | None]) -> Parts:
-    """Return gradients of the weights by place; `None` is missing."""
-    return {(i, "param"): g for i, g in enumerate(gradients) if g is not None}
+def by_place(tensors: Sequence[Tensor | None], key: str = "param") -> Parts:
+    """Return tensors, one per parameter, by place; `None` is missing."""
+    return {(i, key): tensor for i, tensor in enumerate(tensors) if tensor is not None}
 
 
 def set_state(optimizer: torch.optim.Optimizer, buffers: Sequence[Mapping[str, Any]]) -> None:

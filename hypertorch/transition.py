@@ -20,7 +20,7 @@ from .errors import WindowError
 from .hyperparameters import Hyperparameter, number_of
 from .loss_graph import LossGraph
 from .settings import Setting, where_learned
-from .state import Parts, State
+from .state import Parts, State, by_place
 
 #: Learned settings by name, each a list over the param groups; a number where it is not learned.
 Overrides = dict[str, list[Tensor | list[Tensor] | float]]
@@ -194,15 +194,20 @@ class Linearised:
 
 
 def vjp(
-    state: State, values: Mapping[str, Tensor], following: State, adjoint: Parts
+    state: State,
+    values: Mapping[str, Tensor],
+    following: State,
+    adjoint: Parts,
+    keeps_graph: bool = True,
 ) -> tuple[Parts, dict[str, Tensor]]:
     """Return α_{t-1} = A_tᵀ α_t and B_tᵀ α_t; what does not depend on α_t is missing.
 
     Args:
         state: s_{t-1}.
         values: λ, by name.
-        following: s_t, in the graph of both, which is kept.
+        following: s_t, in the graph of both.
         adjoint: α_t, over the parts of s_t; a missing one is zero.
+        keeps_graph: whether the graph can be gone through again.
     """
     outputs = {k: p for k, p in following.parts().items() if k in adjoint and p.requires_grad}
     earlier = {k: p for k, p in state.parts().items() if p.requires_grad}
@@ -211,7 +216,7 @@ def vjp(
         [*earlier.values(), *values.values()],
         [adjoint[k] for k in outputs],
         allow_unused=True,
-        retain_graph=True,
+        retain_graph=keeps_graph,
     )
     parts = dict(zip(earlier, found, strict=False))
     by_name = zip(values, found[len(earlier) :], strict=True)
@@ -247,7 +252,7 @@ class PushForward:
         parts = {place: _leaf(part) for place, part in state.parts().items()}
         gradients = [None if g is None else _leaf(g) for g in grads]
         values = {name: _leaf(h.value) for name, h in hyperparameters.items()}
-        inputs: dict[Any, Tensor] = {**parts, **_by_place(gradients), **values}
+        inputs: dict[Any, Tensor] = {**parts, **by_place(gradients, "gradient"), **values}
         with torch.enable_grad(), ExitStack() as held:
             for name, h in hyperparameters.items():
                 held.enter_context(h.at(values[name]))
@@ -277,7 +282,7 @@ class PushForward:
             of_grads: of g_t, per parameter; `None` is zero.
             direction: of λ, by name; a missing one is zero.
         """
-        along: dict[Any, Tensor] = {**tangent, **_by_place(of_grads), **direction}
+        along: dict[Any, Tensor] = {**tangent, **by_place(of_grads, "gradient"), **direction}
         pairs = [(self._transposed[k], z) for k, z in along.items() if k in self._transposed]
         if not pairs:
             return {}
@@ -293,10 +298,6 @@ class PushForward:
 
 def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
-
-
-def _by_place(gradients: Gradients) -> Parts:
-    return {(i, "gradient"): g for i, g in enumerate(gradients) if g is not None}
 
 
 def _trainable(params: Sequence[Tensor]) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from ..loss_graph import LossGraph
-from ..state import CONSTANT, State, of_params, set_state
+from ..state import CONSTANT, State, by_place, set_state
 from ..transition import gradients, vjp
 from .engine import (
     Carried,
@@ -95,7 +95,7 @@ class OneStepWindow(Window):
         """
         values = self.training.values()
         loss, at_end, direct = outer_gradient(outer_loss, self.params, values)  # α
-        _, through_step = vjp(CONSTANT, values, self._last, of_params(at_end))  # B_Kᵀ α
+        _, through_step = vjp(CONSTANT, values, self._last, by_place(at_end))  # B_Kᵀ α
         return loss, completed(added(direct, through_step), values)
 
     def close(self) -> Carried | None:

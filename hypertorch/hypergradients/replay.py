@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ..errors import ArgumentError
-from ..state import Parts, State, of_params
+from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
 from ..transition import Linearised, vjp
 from .engine import (
@@ -132,7 +132,7 @@ class ReplayedWindow(LiveWindow):
         with self._recording.made_again():
             values = self.training.values()
             loss, at_end, total = outer_gradient(outer_loss, self.params, values)
-            adjoint, end = of_params(at_end), len(self._recording)
+            adjoint, end = by_place(at_end), len(self._recording)
             for start in sorted(self._stored, reverse=True):
                 adjoint, found = self._through_segment(start, end, adjoint)
                 total, end = added(total, found), start

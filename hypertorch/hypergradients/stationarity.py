@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..dynamics import Dynamics, adagrad, adam, rmsprop, sgd
 from ..dynamics.arithmetic import axpy, is_active, regularised
-from ..state import Parts
+from ..state import Parts, by_place
 from ..transition import Gradients, Linearised
 
 _ADAMS = (adam.adam, adam.nadam, adam.radam)
@@ -105,7 +105,7 @@ class OfState(Stationarity):
 
     def rhs(self, gradients: Gradients) -> list[Tensor]:
         """Return ∂_w E, and zeros for the buffers."""
-        of_params = {(i, "param"): g for i, g in enumerate(gradients) if g is not None}
+        of_params = by_place(gradients)
         return [of_params.get(place, torch.zeros_like(p)) for place, p in self._parts.items()]
 
     def product(self, v: Sequence[Tensor]) -> list[Tensor]:

@@ -16,7 +16,7 @@ from ..dynamics import unrolled
 from ..entries import sparse_gradients
 from ..errors import WindowError
 from ..loss_graph import LossGraph
-from ..state import CONSTANT, Parts, State, set_state
+from ..state import CONSTANT, State, by_place, set_state
 from ..transition import check_dependence, vjp
 from .engine import (
     Carried,
@@ -147,7 +147,12 @@ class UnrolledWindow(Window):
         LossGraph(loss, self.params).check_references(self._former)
         try:
             with sparse_gradients():
-                adjoint, total = self._through_present_graph(loss, values)
+                one = by_place([torch.ones_like(loss)])
+                adjoint, total = vjp(
+                    self._start, values, State([loss], [{}]), one, keeps_graph=bool(self._cut_off)
+                )
+                if not (adjoint or total):
+                    self._check_outer_dependence(loss)
                 while self._cut_off:
                     start, end = self._cut_off.pop()
                     adjoint, found = vjp(start, values, end, adjoint)
@@ -157,21 +162,6 @@ class UnrolledWindow(Window):
                 raise _broken_graph() from error
             raise
         return loss.detach(), {n: _settled(found) for n, found in completed(total, values).items()}
-
-    def _through_present_graph(
-        self, outer_loss: Tensor, values: dict[str, Tensor]
-    ) -> tuple[Parts, dict[str, Tensor]]:
-        """Return α where the present graph begins, and dE/dλ as far as that."""
-        parts = {place: p for place, p in self._start.parts().items() if p.requires_grad}
-        inputs, is_cut = [*parts.values(), *values.values()], bool(self._cut_off)
-        found = torch.autograd.grad(outer_loss, inputs, allow_unused=True, retain_graph=is_cut)
-        if all(gradient is None for gradient in found):
-            self._check_outer_dependence(outer_loss)
-        by_name = zip(values, found[len(parts) :], strict=True)
-        return (
-            {place: g for place, g in zip(parts, found, strict=False) if g is not None},
-            {name: g for name, g in by_name if g is not None},
-        )
 
     def _check_outer_dependence(self, outer_loss: Tensor) -> None:
         trainable = [p for p in self.params if p.requires_grad]
