@@ -291,7 +291,7 @@ def _sum(a: Tensor, b: Tensor) -> Tensor:
 
 def completed(found: dict[str, Tensor], values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return dE/dλ of every λ: exactly zero where it is missing."""
-    return {name: found.get(name, torch.zeros_like(value)) for name, value in values.items()}
+    return {n: found[n] if n in found else torch.zeros_like(v) for n, v in values.items()}
 
 
 class TakenOnce:
