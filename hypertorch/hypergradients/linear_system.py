@@ -90,8 +90,9 @@ def norm(x: Tensor) -> float:
 
 
 def length(tensors: Iterable[Tensor]) -> float:
-    """Return ‖·‖₂ over all entries of all tensors."""
-    return math.hypot(*(norm(t) for t in tensors))
+    """Return ‖·‖₂ over all entries of all tensors, likewise."""
+    norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
+    return norm(torch.stack(norms)) if norms else 0.0
 
 
 def finite(number: float, system: System) -> float:
