@@ -70,6 +70,12 @@ class Setting(Hyperparameter):
             not (empty or (has_none and value == 0))
             for value, empty in zip(values, is_empty, strict=True)
         ]
+        self._see_starts()
+
+    def _see_starts(self) -> None:
+        """Set where each group's entries begin in λ, per tensor or per element."""
+        sizes = [sum(self._sizes(group)) for group in range(len(self.shapes))]
+        self._starts = list(accumulate(sizes, initial=0))
 
     def _learned(self, values: Sequence[float]) -> list[float]:
         return [v for v, is_learned in zip(values, self.learned_in, strict=True) if is_learned]
@@ -110,8 +116,7 @@ class Setting(Hyperparameter):
             return self.value
         if self.granularity == "group":
             return self.value[self.entry_of_group(group)]
-        start = sum(sum(self._sizes(earlier)) for earlier in range(group))
-        sizes = self._sizes(group)
+        start, sizes = self._starts[group], self._sizes(group)
         parts = self.value[start : start + sum(sizes)].split(sizes)
         if self.granularity == "tensor":
             return [part.squeeze(0) for part in parts]
@@ -170,6 +175,7 @@ class Setting(Hyperparameter):
             self.bound((min(lower), max(upper)))
         self.shapes += more.shapes
         self.learned_in += more.learned_in
+        self._see_starts()
 
 
 def where_learned(settings: Mapping[str, Setting], name: str, groups: int) -> list[bool]:

@@ -58,7 +58,8 @@ class Average:
         if made is not self._latest:
             self._latest, self.count = made, self.count + 1
             self.rate = (1 - self.decay) / (1 - self.decay**self.count)
-            torch._foreach_lerp_(self.params, [p.to(wide(p)) for p in params], self.rate)
+            pairs = zip(params, self.params, strict=True)
+            torch._foreach_lerp_(self.params, [p.to(w.dtype) for p, w in pairs], self.rate)
         return self.rate
 
     @contextmanager

@@ -52,11 +52,13 @@ class Block:
         group: their param group.
         pieces: what they are pieces of.
         tangents: z of all of them.
+        numel: how many entries they have together.
     """
 
     group: int
     pieces: list[Piece] = field(default_factory=list)
     tangents: PartTangents = field(default_factory=dict)
+    numel: int = 0
 
     @property
     def sizes(self) -> list[int]:
@@ -213,10 +215,11 @@ def layout(transition: Transition, state: State, grads: Gradients) -> Iterator[B
             for start in range(0, param.numel(), longest):
                 piece = Piece(place, number, start, min(start + longest, param.numel()))
                 block = growing.setdefault(kind, Block(g))
-                if sum(block.sizes) + piece.stop - start > longest:
+                if block.numel + piece.stop - start > longest:
                     yield block
                     block = growing[kind] = Block(g)
                 block.pieces.append(piece)
+                block.numel += piece.stop - start
     yield from growing.values()
 
 

@@ -203,9 +203,13 @@ class NewMemory(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Note whose memory an operation reads, and whose it made."""
-        self._old |= WeakSet(s for s in _storages((args, kwargs)) if s not in self._new)
+        for storage in _storages((args, kwargs)):
+            if storage not in self._new:
+                self._old.add(storage)
         result = func(*args, **(kwargs or {}))
-        self._new |= WeakSet(s for s in _storages(result) if s not in self._old)
+        for storage in _storages(result):
+            if storage not in self._old:
+                self._new.add(storage)
         return result
 
     def nbytes(self, besides: Iterable[Tensor]) -> int:
