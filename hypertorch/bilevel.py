@@ -193,7 +193,7 @@ class HOAG:
             )
         self.iterations: list[Iteration] = []
         self._tightening = 1.0  # of ε; halved by each rejection
-        self._lipschitz: float | None = None  # L
+        self._lipschitz = 0.0  # L, above 0 from the first iteration on
         self._point: _Point | None = None  # the last λ that was accepted
         self._is_back = True  # λ is at that point: the next iteration does not move it
         self._seconds = 0.0
@@ -229,12 +229,12 @@ class HOAG:
         """
         started = time.perf_counter()
         tolerance = self._next_tolerance()
-        moved = 0.0 if self._point is None or self._is_back else self._move(self._point)
+        moved = 0.0 if self._is_back else self._displace(1 / self._lipschitz)
         here = {h.name: h().detach().clone() for h in self._hyperparameters}
         evaluation = self.problem.solved(tolerance)
         factor = self._judge(evaluation, tolerance, moved)
         self._is_back = factor > 1
-        self._lipschitz = None if self._lipschitz is None else factor * self._lipschitz
+        self._lipschitz *= factor
         results = self._roll_back() if self._is_back else self._accept(evaluation, tolerance)
         self._seconds += time.perf_counter() - started
         iteration = Iteration(
@@ -243,7 +243,7 @@ class HOAG:
             accepted=not self._is_back,
             tolerance=tolerance,
             inner_residual=evaluation.residual,
-            step_size=1 / (self._lipschitz or math.inf),
+            step_size=1 / self._lipschitz,
             step_length=moved,
             costs=self.problem.costs,
             seconds=self._seconds,
@@ -264,7 +264,7 @@ class HOAG:
     def _judge(self, at: Evaluation, tolerance: float, moved: float) -> float:
         """Return what the step rule says of the step that led here; 1 if there was none."""
         before, after = self._point, at.outer_loss.item()
-        if before is None or self._lipschitz is None or moved == 0:
+        if before is None or moved == 0:
             return 1.0
         if not math.isfinite(after):
             return 2.0
@@ -292,7 +292,7 @@ class HOAG:
                 f"its hypergradient {length(slope):g}. Keep λ in a smaller box by `bounds`."
             )
         per_entry = length(slope) / sum(p.numel() for p in slope) ** 0.5
-        self._lipschitz = self.step_rule.lipschitz(self._lipschitz, per_entry) or 1.0
+        self._lipschitz = self.step_rule.lipschitz(self._lipschitz or None, per_entry) or 1.0
         self._point = _Point(
             value,
             tolerance,
@@ -301,24 +301,17 @@ class HOAG:
             [p.detach().clone() for p in self.problem.inner.params],
             slope,
         )
-        stationarity = self._displace(self._point, 1.0)
-        self._displace(self._point, 0.0)
+        stationarity = self._displace(1.0)
+        self._displace(0.0)
         return {
             "hypergradient": hypergradient,
             "linear_residual": residual,
             "stationarity": stationarity,
         }
 
-    def _move(self, point: "_Point") -> float:
-        """ρ ← P(ρ − p/L); return how far that was."""
-        moved = self._displace(point, 1 / (self._lipschitz or math.inf))
-        for h in self._hyperparameters:
-            h.refresh()
-        return moved
-
-    def _displace(self, point: "_Point", step_size: float) -> float:
-        """Put ρ at P(ρ_k − step_size · df/dρ), and return its distance from ρ_k."""
-        distances = []
+    def _displace(self, step_size: float) -> float:
+        """Put ρ at P(ρ_k − step_size · df/dρ), λ at c(ρ), and return ρ's distance from ρ_k."""
+        point, distances = cast(_Point, self._point), []
         for h, raw, slope in zip(self._hyperparameters, point.raws, point.slope, strict=True):
             with torch.no_grad():
                 h.raw.copy_(raw - step_size * slope)
@@ -328,11 +321,8 @@ class HOAG:
 
     def _roll_back(self) -> dict[str, Any]:
         """Return to the last accepted λ and w, and halve ε."""
-        point = cast(_Point, self._point)
-        self._displace(point, 0.0)
-        for h in self._hyperparameters:
-            h.refresh()
-        copy(point.params, self.problem.inner.params)
+        self._displace(0.0)
+        copy(cast(_Point, self._point).params, self.problem.inner.params)
         self._tightening /= 2
         return {}
 
