@@ -3,7 +3,7 @@
 import numbers
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -179,6 +179,17 @@ class Hyperparameter:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}={_brief(self.value)})"
+
+
+@contextmanager
+def all_at(
+    hyperparameters: Mapping[str, Hyperparameter], values: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Let λ be `values`, by name, for a while; one that is missing keeps its present value."""
+    with ExitStack() as held:
+        for name, value in values.items():
+            held.enter_context(hyperparameters[name].at(value))
+        yield
 
 
 def held_as(hyperparameter: Hyperparameter, groups: Sequence[Mapping[str, Any]]) -> set[str]:

@@ -5,7 +5,6 @@ loss's gradient is part of Φ_t, so that each product contains one Hessian-vecto
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +16,7 @@ from torch import Tensor
 from .double_backward import seed
 from .dynamics import Dynamics, read_setting
 from .errors import WindowError
-from .hyperparameters import Hyperparameter, number_of
+from .hyperparameters import Hyperparameter, all_at, number_of
 from .loss_graph import LossGraph
 from .settings import Setting, where_learned
 from .state import Parts, State, by_place
@@ -253,9 +252,7 @@ class PushForward:
         gradients = [None if g is None else _leaf(g) for g in grads]
         values = {name: _leaf(h.value) for name, h in hyperparameters.items()}
         inputs: dict[Any, Tensor] = {**parts, **by_place(gradients, "gradient"), **values}
-        with torch.enable_grad(), ExitStack() as held:
-            for name, h in hyperparameters.items():
-                held.enter_context(h.at(values[name]))
+        with torch.enable_grad(), all_at(hyperparameters, values):
             after = transition(state.replaced(parts), gradients).parts()
             following = {place: part for place, part in after.items() if part.requires_grad}
             probes = {

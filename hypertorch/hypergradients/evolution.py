@@ -5,13 +5,13 @@ arrives. ξ_i = ε_i in a window by itself, and the sum of all ε_i so far where
 """
 
 from collections.abc import Mapping
-from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ArgumentError, UnsupportedError
+from ..hyperparameters import all_at
 from ..state import State
 from ..surroundings import ModuleBuffers, RandomState, leaving_no_trace
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep
@@ -187,11 +187,9 @@ class EvolvedWindow(LiveWindow):
 
     def _again(self, t: int, i: int) -> Moment:
         """Return particle `i` after step `t`."""
-        particle, hyperparameters = self._particles[i], self.training.hyperparameters
+        particle = self._particles[i]
         particle.module_buffers.restore()
-        with ExitStack() as held:
-            for name, value in self._values(i).items():
-                held.enter_context(hyperparameters[name].at(value))
+        with all_at(self.training.hyperparameters, self._values(i)):
             state, _ = self._recording.again(t, particle.state)
         return Moment(state, ModuleBuffers(self.training.slots.model))
 

@@ -6,7 +6,7 @@ to: a step that is made again has weights of its own, in the model's slots.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..errors import WindowError
+from ..hyperparameters import all_at
 from ..loss_graph import LossGraph, narrowest
 from ..state import State
 from ..surroundings import (
@@ -119,36 +120,29 @@ class Recording:
         with torch.no_grad():
             return self.transition(t)(state, grads), loss.detach()
 
-    def rerun(self, values: Mapping[str, Tensor], start: Moment | None = None) -> State:
-        """Make all steps again with other values of the hyperparameters.
+    def rerun(self, values: Mapping[str, Tensor]) -> State:
+        """Make all steps again from the window's start with other values of the hyperparameters.
 
         Args:
             values: λ by name; one that is missing keeps its present value.
-            start: where from; default: where the window started.
 
         Returns:
             s_K; module buffers and modes are those of the model then.
         """
-        start = start or self.start
-        start.module_buffers.restore()
-        state = start.state
-        with ExitStack() as held:
-            for name, value in values.items():
-                held.enter_context(self.training.hyperparameters[name].at(value))
+        self.start.module_buffers.restore()
+        state = self.start.state
+        with all_at(self.training.hyperparameters, values):
             for t in range(len(self)):
                 state, _ = self.again(t, state)
         return state
 
     def outer_loss_at(
-        self, state: State, outer_loss: OuterLoss, values: Mapping[str, Tensor] | None = None
+        self, state: State, outer_loss: OuterLoss, values: Mapping[str, Tensor]
     ) -> Tensor:
         """Return E at the weights of `state`, without a graph; the model keeps them."""
         slots = self.training.slots
         weights = slots.fill(as_leaves(state.params, slots.params))
-        with ExitStack() as held:
-            for name, value in (values or {}).items():
-                held.enter_context(self.training.hyperparameters[name].at(value))
-            held.enter_context(leaving_no_trace(slots.model))
+        with all_at(self.training.hyperparameters, values), leaving_no_trace(slots.model):
             loss = outer_loss()
             LossGraph(loss, weights).check_references()
             return loss.detach()
