@@ -122,7 +122,7 @@ class Linearised:
         self.transition, self.state, self.hyperparameters = transition, state, hyperparameters
         self._values = {name: h.value for name, h in hyperparameters.items()}
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
-        self._joint = [*_trainable(state.params), *in_loss.values()]
+        self._joint = [*trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
         graph = LossGraph(loss, state.params)
         graph.check_references()
@@ -130,8 +130,7 @@ class Linearised:
         self._gradient = torch.autograd.grad(
             loss, self._joint, seed(loss), create_graph=True, allow_unused=True
         )
-        found = iter(self._gradient)
-        self.grads = [next(found) if p.requires_grad else None for p in state.params]
+        self.grads = per_parameter(self._gradient, state.params)
         check_dependence(self.grads)
 
     def next_state(self) -> State:
@@ -186,10 +185,10 @@ class Linearised:
             return [None] * len(self.state.params)
         gradients, vectors = zip(*pairs, strict=True)
         targets = self._joint[: len(places)]
-        found = iter(
-            torch.autograd.grad(gradients, targets, vectors, allow_unused=True, retain_graph=True)
+        found = torch.autograd.grad(
+            gradients, targets, vectors, allow_unused=True, retain_graph=True
         )
-        return [next(found) if p.requires_grad else None for p in self.state.params]
+        return per_parameter(found, self.state.params)
 
 
 def vjp(
@@ -297,8 +296,15 @@ def _leaf(tensor: Tensor) -> Tensor:
     return tensor.detach().requires_grad_()
 
 
-def _trainable(params: Sequence[Tensor]) -> list[Tensor]:
+def trainable(params: Sequence[Tensor]) -> list[Tensor]:
+    """Return the parameters that require a gradient."""
     return [p for p in params if p.requires_grad]
+
+
+def per_parameter(found: Sequence[Tensor | None], params: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return one entry per parameter, of those found for the `trainable` ones in order."""
+    own = iter(found)
+    return [next(own) if p.requires_grad else None for p in params]
 
 
 def gradients(
@@ -309,11 +315,11 @@ def gradients(
     Raises:
         WindowError: the loss depends on none of them.
     """
-    trainable, start = _trainable(params), seed(loss) if create_graph else None
-    found = iter(
-        torch.autograd.grad(loss, trainable, start, create_graph=create_graph, allow_unused=True)
+    start = seed(loss) if create_graph else None
+    found = torch.autograd.grad(
+        loss, trainable(params), start, create_graph=create_graph, allow_unused=True
     )
-    grads = [next(found) if p.requires_grad else None for p in params]
+    grads = per_parameter(found, params)
     check_dependence(grads)
     return grads
 

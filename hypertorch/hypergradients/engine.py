@@ -19,7 +19,7 @@ from ..loss_graph import LossGraph
 from ..settings import Setting
 from ..slots import Slots
 from ..state import State, versions
-from ..transition import Gradients, Transition
+from ..transition import Gradients, Transition, per_parameter, trainable
 
 if TYPE_CHECKING:
     from .averages import Average
@@ -264,18 +264,14 @@ def outer_gradient(
     """
     if isinstance(outer_loss, TakenOnce):
         return outer_loss.gradient(params, values, average)
-    loss, trainable = outer_loss(), [p for p in params if p.requires_grad]
+    loss, own = outer_loss(), trainable(params)
     LossGraph(loss, params).check_references()
-    found = torch.autograd.grad(loss, [*trainable, *values.values()], allow_unused=True)
-    if all(gradient is None for gradient in found[: len(trainable)]):
+    found = torch.autograd.grad(loss, [*own, *values.values()], allow_unused=True)
+    gradients = per_parameter(found, params)
+    if all(gradient is None for gradient in gradients):
         raise independent_outer_loss()
-    gradients = iter(found[: len(trainable)])
-    direct = zip(values, found[len(trainable) :], strict=True)
-    return (
-        loss.detach(),
-        [next(gradients) if p.requires_grad else None for p in params],
-        {name: part for name, part in direct if part is not None},
-    )
+    direct = zip(values, found[len(own) :], strict=True)
+    return loss.detach(), gradients, {name: part for name, part in direct if part is not None}
 
 
 def added(first: dict[str, Tensor], second: dict[str, Tensor]) -> dict[str, Tensor]:

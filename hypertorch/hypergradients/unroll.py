@@ -17,7 +17,7 @@ from ..entries import sparse_gradients
 from ..errors import WindowError
 from ..loss_graph import LossGraph
 from ..state import CONSTANT, State, by_place, set_state
-from ..transition import check_dependence, vjp
+from ..transition import check_dependence, trainable, vjp
 from .engine import (
     Carried,
     Engine,
@@ -164,8 +164,7 @@ class UnrolledWindow(Window):
         return loss.detach(), {n: _settled(found) for n, found in completed(total, values).items()}
 
     def _check_outer_dependence(self, outer_loss: Tensor) -> None:
-        trainable = [p for p in self.params if p.requires_grad]
-        gradients = torch.autograd.grad(outer_loss, trainable, allow_unused=True)
+        gradients = torch.autograd.grad(outer_loss, trainable(self.params), allow_unused=True)
         if all(gradient is None for gradient in gradients):
             raise independent_outer_loss()
 
