@@ -23,7 +23,7 @@ from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups, restore_groups
 from .slots import Slots
 from .snapshot import Snapshot
-from .state import params_of
+from .state import params_of, set_gradients
 from .surroundings import ModuleBuffers, leaving_no_trace
 from .transition import Gradients, gradients
 
@@ -144,17 +144,15 @@ def _step(
     params = params_of(bare)
 
     def make(loss: Tensor | None, grads: Gradients | None) -> None:
-        for param, grad in zip(params, grads or (), strict=False):
-            param.grad = grad
+        if grads is not None:
+            set_gradients(params, grads)
         groups.step(optimizer._wrapped_step)
 
     if engine.needs == "closure":
         return TrainingStep(groups.transition(), make, closure=closure)
     loss = closure()
     if engine.needs == "gradients":
-        for param, grad in zip(params, gradients(loss, params), strict=True):
-            if param.requires_grad:
-                param.grad = grad
+        set_gradients(params, gradients(loss, params))
     return TrainingStep(groups.transition(), make, loss)
 
 

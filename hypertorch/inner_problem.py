@@ -16,6 +16,7 @@ from .double_backward import TwiceDifferentiable, seed
 from .errors import ArgumentError, ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient
 from .hypergradients.linear_system import length
+from .state import set_gradients
 
 Loss = Callable[[], Tensor]
 
@@ -210,8 +211,7 @@ class _Search:
     def closure(self) -> float:
         """Evaluate the loss, with its gradient in the params."""
         loss, gradient = self.problem.value_and_gradient()
-        for param, g in zip(self.problem.params, gradient, strict=True):
-            param.grad = g
+        set_gradients(self.problem.params, gradient)
         value = loss.item()
         self.best = min(self.best, value)
         self._end(length(gradient))

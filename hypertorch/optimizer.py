@@ -26,6 +26,7 @@ from .outer_loop import OuterLoop
 from .param_groups import LearnedGroups, load_optimizer
 from .safeguards import Diverged, Safeguards
 from .slots import Slots
+from .state import set_gradients
 from .transition import Gradients
 from .wrapper import OptimizerWrapper, hooked
 
@@ -222,8 +223,7 @@ class HyperOptimizer(OptimizerWrapper):
         def make(loss: Tensor | None, grads: Gradients | None) -> None:
             inner.loss, inner.has_gradients = loss, True
             if grads is not None:
-                for param, grad in zip(self._params(), grads, strict=True):
-                    param.grad = grad
+                set_gradients(self._params(), grads)
             self._plain_step(inner)
 
         if loop.engine.needs == "gradients":

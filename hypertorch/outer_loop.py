@@ -26,7 +26,7 @@ from .param_groups import LearnedGroups
 from .safeguards import Diverged, Safeguards
 from .settings import Setting
 from .slots import Slots
-from .state import State, params_of, versions
+from .state import State, params_of, set_gradients, versions
 from .surroundings import ModuleBuffers
 from .transition import gradients
 
@@ -174,14 +174,14 @@ class OuterLoop:
         """
         if not (self._open and self._open[0].was_written_to):
             return False
-        found = gradients(loss, self._open[0].params) if loss is not None else []
+        found = None if loss is None else gradients(loss, self._open[0].params)
         self.close()
         self._carried = None
         self._cuts += 1
         if self._cuts == 3:
             warnings.warn(WRITTEN_TO, HypertorchWarning, stacklevel=5)
-        for param, grad in zip(params_of(self.optimizer), found, strict=False):
-            param.grad = grad
+        if found is not None:
+            set_gradients(params_of(self.optimizer), found)
         return True
 
     def advance(self) -> bool:

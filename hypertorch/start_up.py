@@ -22,6 +22,7 @@ from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .settings import Setting
+from .state import set_gradients
 from .surroundings import leaving_no_trace
 from .transition import gradients
 
@@ -290,8 +291,7 @@ class _Search:
                     losses[-1] = math.inf
                     self.cost += 1 / 3
                     break
-                for param, grad in zip(params, gradients(loss, params), strict=True):
-                    param.grad = grad
+                set_gradients(params, gradients(loss, params))
                 groups.step(self.optimizer._wrapped_step)
                 self.cost += 1
             yield losses

@@ -16,6 +16,12 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
+def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """Let `.grad` of each parameter be this."""
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return torch's count of the writes to each tensor in place."""
     return [t._version for t in tensors]
