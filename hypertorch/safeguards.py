@@ -277,7 +277,6 @@ class Safeguards:
         self._usual, self._steps = state.get("usual", 0.0), state.get("steps", 0)
         if self.probation and (limit := state.get("limit")) is not None:
             self.probation = self.probation._replace(limit=limit)
-        self._pending.clear()
         self.forget()
 
 

@@ -67,11 +67,9 @@ class ValidationLoss:
     def __call__(self) -> Tensor:
         """Return E on the next batch."""
         with leaving_no_trace(self.model):
-            if self._held is None:
-                batch = self._next_batch()
-            else:
-                batch = self._held[0] if self._held else self._next_batch()
-                self._held[:] = [batch]
+            batch = self._held[0] if self._held else self._next_batch()
+            if self._held is not None:
+                self._held = [batch]
             self.model.eval()
             return self.criterion(self.model(batch[0]), batch[1])
 

@@ -89,12 +89,10 @@ def average_of(
     """
     if decay is None:
         return None
-    if training.averages is None or decay not in training.averages:
-        average = Average(decay, training.slots.params, carried)
-        if training.averages is None:
-            return average
-        training.averages[decay] = average
-    return training.averages[decay]
+    shared = {} if training.averages is None else training.averages
+    if decay not in shared:
+        shared[decay] = Average(decay, training.slots.params, carried)
+    return shared[decay]
 
 
 def weights_at(

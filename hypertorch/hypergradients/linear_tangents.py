@@ -113,9 +113,7 @@ class LinearTangents:
         start: copies of the state before the first step, where there are some already.
     """
 
-    def __init__(
-        self, settings: Mapping[str, Setting], spare: Spare, start: State | None = None
-    ) -> None:
+    def __init__(self, settings: Mapping[str, Setting], spare: Spare, start: State | None) -> None:
         self.settings, self._spare, self._copies = settings, spare, start
         self._shelves: list[Shelf] = []
         self._rows: dict[tuple[str, str], int] = {}  # (part, setting) of z; "" for s itself
@@ -139,7 +137,7 @@ class LinearTangents:
         """z̄ ← z̄ + a (z − z̄) for the weights, with a = `rate`; 0 at first."""
         self._steps[-1].rate = rate
 
-    def along(self, gradient: Gradients, part: str = "param") -> dict[str, Tensor]:
+    def along(self, gradient: Gradients, part: str) -> dict[str, Tensor]:
         """Return α · z by setting, of λ's shape.
 
         Args:

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError
+from ..errors import ArgumentError, ArgumentTypeError, UnsupportedError, listed
 from ..transition import Gradients
 from .engine import (
     Carried,
@@ -95,7 +95,7 @@ class PerHyperparameter(Engine):
         if learned != given:
             raise ArgumentError(
                 "`PerHyperparameter` needs an engine for each learned name, and for no other. "
-                f"Learned: {', '.join(sorted(learned))}; engines: {', '.join(sorted(given))}."
+                f"Learned: {listed(learned)}; engines: {listed(given)}."
             )
         shares = self._shares(training)
         for engine, own in shares:
@@ -150,21 +150,21 @@ class SharedWindow(LiveWindow):
 
     def __init__(self, training: Training, windows: Mapping[str, Window]) -> None:
         super().__init__(training)
-        self._names, self._windows = list(windows), list(windows.values())
+        self._windows = dict(windows)
 
     def step(self, step: TrainingStep) -> None:
         """Let each window see the step before it is made, and again after, by nesting them."""
-        self._nested(step, 0)
+        self._nested(step, list(self._windows.values()))
 
-    def _nested(self, step: TrainingStep, first: int) -> None:
-        if first == len(self._windows):
+    def _nested(self, step: TrainingStep, windows: list[Window]) -> None:
+        if not windows:
             step.make(None)
             return
 
         def make(_: Tensor | None, __: Gradients | None) -> None:
-            self._nested(step, first + 1)
+            self._nested(step, windows[1:])
 
-        self._windows[first].step(TrainingStep(step.transition, make, step.loss))
+        windows[0].step(TrainingStep(step.transition, make, step.loss))
 
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E, and dE/dλ from each engine.
@@ -174,19 +174,19 @@ class SharedWindow(LiveWindow):
         """
         once = TakenOnce(outer_loss, self.params, self.training.values())
         found: dict[str, Tensor] = {}
-        for window in self._windows:
+        for window in self._windows.values():
             loss, own = window.hypergradient(once)
             found.update(own)
-        self.unforeseen = sum(window.unforeseen for window in self._windows) - once.spared
+        self.unforeseen = sum(window.unforeseen for window in self._windows.values()) - once.spared
         return loss, {name: found[name] for name in self.training.hyperparameters}
 
     def close(self) -> Carried | None:
         """Close each window; return what goes on, by the names of what its engine learns."""
-        closed = zip(self._names, [window.close() for window in self._windows], strict=True)
-        parts = {names: part for names, part in closed if part is not None}
+        closed = {names: window.close() for names, window in self._windows.items()}
+        parts = {names: part for names, part in closed.items() if part is not None}
         return {"parts": parts} if parts else None
 
 
 def _names(training: Training) -> str:
     """Return what is learned, in an order that arguments have no part in."""
-    return ", ".join(sorted(training.hyperparameters))
+    return listed(training.hyperparameters)

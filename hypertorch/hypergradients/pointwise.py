@@ -179,7 +179,7 @@ class PointwiseTangents:
                 averages[name] = averages.get(name, 0.0) * (1 - rate) + z * rate
 
     @torch.no_grad()
-    def along(self, gradient: Gradients, part: str = "param") -> dict[str, Tensor]:
+    def along(self, gradient: Gradients, part: str) -> dict[str, Tensor]:
         """Return α · z by setting, of λ's shape.
 
         Args:
