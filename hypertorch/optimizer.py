@@ -230,7 +230,7 @@ class HyperOptimizer(OptimizerWrapper):
             inner.backward()
         closure = inner.replayable() if loop.engine.needs == "closure" else None
         watch = loop.safeguards.watch
-        return TrainingStep(loop.groups.transition(), make, inner.value(), closure, watch)
+        return TrainingStep(self._groups.transition(), make, inner.value(), closure, watch)
 
     def _plain_step(self, inner: InnerLoss) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
@@ -240,7 +240,7 @@ class HyperOptimizer(OptimizerWrapper):
             self._wrapped_step()
         else:
             self._loop.safeguards.watch(inner.value(), grads)
-            self._loop.groups.step(self._wrapped_step)
+            self._groups.step(self._wrapped_step)
 
     def _refuse_or_warn(self, loop: OuterLoop, inner: InnerLoss) -> None:
         """Say what a step without a loss means where a window is open or due."""
@@ -314,7 +314,7 @@ class HyperOptimizer(OptimizerWrapper):
             return self.optimizer.state_dict()
         self._loop.cut()
         state: dict[str, Any] = self.optimizer.state_dict()
-        state["param_groups"] = self._loop.groups.saved(state["param_groups"])
+        state["param_groups"] = self._groups.saved(state["param_groups"])
         state["hypertorch"] = {"steps": self._steps, **self._loop.state_dict()}
         return state
 
