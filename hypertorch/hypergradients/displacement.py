@@ -135,8 +135,7 @@ class DisplacementWindow(AveragingWindow):
 
     def __init__(self, training: Training, decay: float | None, carried: Carried | None) -> None:
         super().__init__(training, decay, carried)
-        start = self.params if training.start is None else training.start.params
-        self._past = [w.detach().to(wide(w), copy=True) for w in start]  # u
+        self._past = [w.detach().to(wide(w), copy=True) for w in self.params]  # u
         self._average_past: Average | None = None  # ū, from w̄_0 on
         if (average := self._average) is not None:
             self._average_past = Average(average.decay, self._past, average.carried())
@@ -194,7 +193,7 @@ def _decay(transition: Transition, group: Mapping[str, Any]) -> float:
 
 
 def _share(setting: Setting, gradient: Gradients, moved: Sequence[Tensor]) -> Tensor:
-    """Return α · (w_K − w_0) / η over the weights that each η moves, of η's shape."""
+    """Return α · (w_K − u_K) / η over the weights that each η moves, of η's shape."""
     rates, of_rates = list[Tensor](), list[Tensor]()
     pairs = iter(zip(gradient, moved, strict=True))
     for g, shapes in enumerate(setting.shapes):
