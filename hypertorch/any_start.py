@@ -4,10 +4,11 @@
     λ starts where weights forget in ten epochs                  (`start_weight_decay`)
     E = min_β CE(β z, y) on validation data                      (`calibrated_cross_entropy`)
     dE/dη = ∂_w E · (w̄ − ū) / η, by where η has led in a window  (`Displacement`)
-    dE/dλ = −∂_w E |M|⁻¹ ∂_λ∇L, where training would rest        (`Implicit`, `Lanczos`)
+    dE/dλ = −∂_w E |M|⁻¹ ∂_λ r, where training would rest        (`Implicit`, `Lanczos`)
     ρ moves by its hypergradient's sign, as far as that is sure  (`GatedSign`)
 
-and the user's schedule brings η to zero. E and M are those at averaged weights w̄: the last ones
+with r(w, λ) = 0 there and M = ∂r/∂w (for SGD r = ∇L + λ w, and ∂_λ r = w), and the user's schedule
+brings η to zero. E and M are those at averaged weights w̄: the last ones
 are off by the noise of their mini-batches, which the schedule will take away anyhow. It would have
 η fall early, and λ not rise in time.
 """

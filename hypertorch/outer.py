@@ -39,7 +39,7 @@ class GatedSign(torch.optim.Optimizer):
     Attributes:
         takes_sparse: that it does; see the function.
 
-    Cost: two vectors of ρ's size; no host synchronisation.
+    Cost: three vectors of ρ's size; no host synchronisation.
 
     Example:
         >>> rho = torch.zeros(2, requires_grad=True)

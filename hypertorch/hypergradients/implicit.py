@@ -67,8 +67,8 @@ class Implicit(Engine):
     `Lanczos()`, which is a better one at the same price.
 
     Args:
-        solver: of the linear system; default `NormalConjugateGradient(max_steps=50)`, at most 101
-            products. With `rtol=0` all `max_steps` steps are made and nothing is warned of:
+        solver: of the linear system; default `NormalConjugateGradient(max_steps=50)`, some 102
+            products at most. With `rtol=0` all `max_steps` steps are made and nothing is warned of:
             `FixedPoint(rtol=0, max_steps=K)` without `warm_start` is K terms of the Neumann series.
         inner_loss: a closure that computes the loss whose fixed point is meant, such as that of all
             training data, at the weights the model holds; default: that of the last step. With it
