@@ -133,6 +133,10 @@ class Linearised:
         self.grads = per_parameter(self._gradient, state.params)
         check_dependence(self.grads)
 
+    def settled_grads(self) -> list[Tensor | None]:
+        """Return ∇L without its graph: numbers to step along."""
+        return [None if g is None else g.detach() for g in self.grads]
+
     def next_state(self) -> State:
         """Return s_t, in the graph of s_{t-1} and λ."""
         return self.transition(self.state, self.grads)

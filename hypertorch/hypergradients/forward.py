@@ -146,7 +146,7 @@ class ForwardWindow(LiveWindow):
         training = self.training
         state, loss = State.of(training.optimizer), step.with_graph()
         linearised = Linearised(step.transition, state, loss, training.hyperparameters)
-        grads = [None if g is None else g.detach() for g in linearised.grads]
+        grads = linearised.settled_grads()
         step.check(grads)
         self.tangents = {name: self._carried_over(linearised, name) for name in self.tangents}
         step.make(grads)

@@ -69,7 +69,7 @@ class ImplicitWindow(Window):
         """Make the step s_t = Φ_t(s_{t-1}, λ), and keep it as the one to differentiate."""
         self._transition = step.transition
         self._linearised = self._at(step.with_graph())
-        grads = [None if g is None else g.detach() for g in self._linearised.grads]
+        grads = self._linearised.settled_grads()
         step.check(grads)
         with torch.no_grad():
             following = step.transition(self._state, grads)
@@ -166,7 +166,6 @@ def _displacement(linearised: Linearised) -> float:
     """Return ‖Φ(s) − w‖₂ / ‖w‖₂, over the weights that train."""
     state = linearised.state
     with torch.no_grad():
-        grads = [None if g is None else g.detach() for g in linearised.grads]
-        after = linearised.transition(state, grads).params
+        after = linearised.transition(state, linearised.settled_grads()).params
         pairs = [(w, p) for w, p in zip(after, state.params, strict=True) if p.requires_grad]
         return length([w - p for w, p in pairs]) / (length([p for _, p in pairs]) or 1.0)

@@ -139,9 +139,8 @@ class OfState(Stationarity):
 def _buffers_at_rest(linearised: Linearised) -> list[dict[str, Any]]:
     """Return the buffers to differentiate Φ at; those that are part of s are leaves."""
     transition, state = linearised.transition, linearised.state
-    grads = [None if g is None else g.detach() for g in linearised.grads]
-    with torch.no_grad():
-        made = transition(state, grads).buffers  # a buffer there is none of yet is as Φ leaves it
+    with torch.no_grad():  # a buffer there is none of yet is as Φ leaves it
+        made = transition(state, linearised.settled_grads()).buffers
     settings = transition.parameter_settings()
     found: list[dict[str, Any]] = []
     for grad, own, buffers, new in zip(
