@@ -313,9 +313,7 @@ class HOAG:
         """Put ρ at P(ρ_k − step_size · df/dρ), λ at c(ρ), and return ρ's distance from ρ_k."""
         point, distances = cast(_Point, self._point), []
         for h, raw, slope in zip(self._hyperparameters, point.raws, point.slope, strict=True):
-            with torch.no_grad():
-                h.raw.copy_(raw - step_size * slope)
-            h.clamp_()
+            h.put(raw - step_size * slope)
             distances.append(h.raw.detach() - raw)
         return length(distances)
 

@@ -165,6 +165,12 @@ class Hyperparameter:
             raw = raw.clamp(*self._raw_bounds)
         return to_value(raw, self.constraint)
 
+    @torch.no_grad()
+    def put(self, raw: Tensor) -> None:
+        """Let ρ be `raw`, brought inside `bounds`, and λ c(ρ); ρ stays the same tensor."""
+        self.raw.copy_(raw)
+        self.clamp_()
+
     def clamp_(self) -> None:
         """Bring ρ, which has moved, back inside `bounds`, if there are any, and λ to c(ρ)."""
         if self.bounds is not None:

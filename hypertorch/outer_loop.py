@@ -312,11 +312,9 @@ class OuterLoop:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on where `state_dict` was taken; the weights' optimizer is loaded before."""
-        with torch.no_grad():
-            for name, h in self.hyperparameters.items():
-                h.raw.copy_(state["raw"][name])
-                h.refresh()
-                h.bound(state["bounds"][name])
+        for name, h in self.hyperparameters.items():
+            h.bound(state["bounds"][name])
+            h.put(state["raw"][name])
         self.groups.load_state_dict(state["groups"])
         self.window, self.update_every, self.position = state["rhythm"]
         self.training, self.overhead = self._new_training(), state["overhead"]

@@ -223,9 +223,7 @@ class Safeguards:
         self._in_a_row += 1
         self._is_back, self._steps = True, 0
         for name, h in hyperparameters.items():
-            with torch.no_grad():
-                h.raw.copy_(raws[name])
-            h.refresh()
+            h.put(raws[name])
         if self._in_a_row >= self.patience:
             advice = "Check the data for NaN, or start from a smaller `lr`."
             if "lr" not in hyperparameters:
@@ -236,7 +234,8 @@ class Safeguards:
             )
         self._warn(reason)
         if "lr" in hyperparameters:
-            self._lower(hyperparameters["lr"])
+            lr = hyperparameters["lr"]
+            lr.put(to_raw(lr.value.detach() / self.backoff, lr.constraint))
         self._good = snapshot, _raws(hyperparameters)
 
     def _warn(self, reason: Diverged) -> None:
@@ -249,11 +248,6 @@ class Safeguards:
                 HypertorchWarning,
                 stacklevel=7,
             )
-
-    def _lower(self, lr: Hyperparameter) -> None:
-        with torch.no_grad():
-            lr.raw.copy_(to_raw(lr.value.detach() / self.backoff, lr.constraint))
-        lr.clamp_()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the counters, the level of the loss and what it may reach, but no snapshot."""
