@@ -262,7 +262,6 @@ class OuterLoop:
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the param group that was added last; the outer rule starts afresh."""
         self.groups.add_group(additions)
-        self.groups.start()
         self.training = self._new_training()
         place(self.hyperparameters.values(), params_of(self.optimizer)[0])
         self.settings_were_set()
@@ -271,13 +270,12 @@ class OuterLoop:
         """Learn on from the numbers that the param groups hold; what was before does not count."""
         self.safeguards.forget()
         self.groups.restart(is_learning=True)
-        self.groups.start()
         self.position = 0
         self.settings_were_set()
 
     def settings_were_set(self, cost: float = 0.0) -> None:
         """Learn on from what the settings hold, which took `cost` training steps to find."""
-        self.groups.publish()
+        self.groups.start()
         self.rule = self._new_rule()
         self.overhead += cost
         self.cut()
