@@ -34,6 +34,7 @@ from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .param_groups import restore_groups
 from .start_up import search_lr, start_weight_decay
+from .state import base_rate
 from .surroundings import leaving_no_trace
 from .validation import Batch, ValidationLoss, check_criterion, check_loader, length_of
 
@@ -277,7 +278,7 @@ def _zero_allowed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
 
     That is every λ, and η where all groups are at 0; elsewhere groups keep the ratios of their η.
     """
-    rates = [group.get("initial_lr", group["lr"]) for group in optimizer.param_groups]
+    rates = [base_rate(group) for group in optimizer.param_groups]
     with warnings.catch_warnings():
         for name in ("weight_decay", *["lr"] * (not any(rates))):
             warnings.filterwarnings("ignore", f"`{name}` starts at", HypertorchWarning)

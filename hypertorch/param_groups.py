@@ -20,7 +20,7 @@ from .dynamics import dynamics_of, read_setting, write_setting
 from .errors import ArgumentTypeError, HypertorchWarning, UnsupportedError
 from .hyperparameters import Hyperparameter, number_of
 from .settings import Setting, where_learned
-from .state import HOST_BUFFERS, State, params_of, set_state
+from .state import HOST_BUFFERS, State, base_rate, params_of, set_state
 from .transition import Transition
 
 
@@ -51,7 +51,7 @@ class LearnedGroups:
         self._expected = self._held()  # what the groups must still hold
 
     def _starting_rates(self) -> list[float]:
-        return [float(g.get("initial_lr", g["lr"])) for g in self._groups]
+        return [float(base_rate(g)) for g in self._groups]
 
     def _held(self) -> list[tuple[int, str, float]]:
         """Return what the groups hold of what is learned, but for `lr`."""
@@ -257,10 +257,7 @@ def restore_groups(optimizer: torch.optim.Optimizer, before: Sequence[Mapping[st
 
 def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a setting's number in every group; `lr` before any schedule."""
-    found = [
-        group["initial_lr"] if name == "lr" and "initial_lr" in group else read_setting(group, name)
-        for group in groups
-    ]
+    found = [base_rate(group) if name == "lr" else read_setting(group, name) for group in groups]
     for value in found:
         is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if not is_number and not (isinstance(value, Tensor) and value.numel() == 1):

@@ -22,7 +22,7 @@ from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .settings import Setting
-from .state import set_gradients
+from .state import base_rate, set_gradients
 from .surroundings import leaving_no_trace
 from .transition import gradients
 
@@ -171,7 +171,7 @@ def start_weight_decay(
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
     """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
     groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
-    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    rates = [float(base_rate(group)) for group in groups]
     if isinstance(lr, Setting):
         rates = lr.group_means().tolist()
     found = [shrinking(dynamics_of(optimizer.optimizer), group) for group in groups]

@@ -22,6 +22,11 @@ def set_gradients(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> N
         param.grad = grad
 
 
+def base_rate(group: Mapping[str, Any]) -> Any:
+    """Return the `lr` of a param group before any schedule."""
+    return group.get("initial_lr", group["lr"])
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return torch's count of the writes to each tensor in place."""
     return [t._version for t in tensors]

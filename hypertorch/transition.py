@@ -19,7 +19,7 @@ from .errors import WindowError
 from .hyperparameters import Hyperparameter, all_at, number_of
 from .loss_graph import LossGraph
 from .settings import Setting, where_learned
-from .state import Parts, State, by_place
+from .state import Parts, State, base_rate, by_place
 
 #: Learned settings by name, each a list over the param groups; a number where it is not learned.
 Overrides = dict[str, list[Tensor | list[Tensor] | float]]
@@ -45,7 +45,7 @@ class Transition:
     def frozen(self) -> list[bool]:
         """Return for each parameter whether its group's η is 0, beside another whose is not."""
         is_learned = where_learned(self.settings, "lr", len(self.groups))
-        rates = [number_of(group.get("initial_lr", group["lr"])) for group in self.groups]
+        rates = [number_of(base_rate(group)) for group in self.groups]
         both = zip(is_learned, rates, strict=True)
         moves = [own or bool(cast(Tensor, rate).any()) for own, rate in both]
         pairs = zip(moves, self.groups, strict=True)
