@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from .errors import (
     ArgumentError,
     ArgumentTypeError,
     UnsupportedError,
+    check_count,
     did_you_mean,
     kind_of,
 )
@@ -144,11 +145,8 @@ def check_rhythm(window: Any, update_every: Any, steps_per_epoch: Any) -> tuple[
 
 def whole(name: str, number: Any) -> int:
     """Return a number of steps once it is one."""
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ArgumentError(
-            f"`{name}` must be a whole number of steps, at least 1. Got {number!r}."
-        )
-    return number
+    check_count(f"`{name}`", number, " of steps")
+    return cast(int, number)
 
 
 def learned(

@@ -4,7 +4,9 @@ A message says what is wrong, what was got, and what to do about it.
 """
 
 import difflib
-from collections.abc import Iterable
+import numbers
+from collections.abc import Callable, Iterable
+from typing import Any
 
 
 class HypertorchError(Exception):
@@ -41,6 +43,27 @@ class SolverError(HypertorchError, ArithmeticError):
 
 class HypertorchWarning(UserWarning):
     """Something a user should know once, and that does not stop the run."""
+
+
+def check_number(
+    argument: str,
+    number: Any,
+    expected: str,
+    holds: Callable[[Any], bool],
+    kind: type = numbers.Real,
+) -> None:
+    """Raise unless an argument is such a number.
+
+    Raises:
+        ArgumentError: it is another one, or none.
+    """
+    if isinstance(number, bool) or not isinstance(number, kind) or not holds(number):
+        raise ArgumentError(f"{argument} must be {expected}. Got {number!r}.")
+
+
+def check_count(argument: str, number: Any, of: str = "") -> None:
+    """Raise unless an argument is a whole number, at least 1."""
+    check_number(argument, number, f"a whole number{of}, at least 1", lambda n: n >= 1, int)
 
 
 def kind_of(what: object) -> str:

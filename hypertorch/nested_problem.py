@@ -19,6 +19,7 @@ from .errors import (
     HypertorchWarning,
     SolverError,
     UnsupportedError,
+    check_number,
 )
 from .hypergradients.linear_solvers import ConjugateGradient, Lanczos, LinearSolver
 from .hypergradients.linear_system import length
@@ -107,8 +108,8 @@ class NestedProblem:
                 "`linear_solver` must be one such as ConjugateGradient(). "
                 f"Got {type(linear_solver).__name__}."
             )
-        if scale is not None and not 0 < scale < math.inf:
-            raise ArgumentError(f"`scale` must be a number above 0. Got {scale!r}.")
+        if scale is not None:
+            check_number("`scale`", scale, "a number above 0", lambda s: 0 < s < math.inf)
         if isinstance(self.linear_solver, Lanczos):
             raise UnsupportedError(
                 "`HOAG` cannot use `Lanczos`: it returns an estimate of |H|⁻¹ ∂_w E, and not the v "

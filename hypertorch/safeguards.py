@@ -5,8 +5,6 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 """
 
 import math
-import numbers
-import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .constraints import to_raw
-from .errors import ArgumentError, DivergenceError, HypertorchWarning
+from .errors import DivergenceError, HypertorchWarning, check_count, check_number
 from .hyperparameters import Hyperparameter
 from .snapshot import Snapshot
 from .state import State
@@ -70,9 +68,11 @@ class Safeguards:
     """
 
     def __init__(self, explosion: float = 5.0, backoff: float = 3.0, patience: int = 12) -> None:
-        _check("explosion", explosion, "a number above 0 (math.inf allows any rise)", 0, math.inf)
-        _check("backoff", backoff, "a finite number above 1", 1, sys.float_info.max)
-        _check("patience", patience, "a whole number of rollbacks, at least 1", 0, math.inf, int)
+        above_0 = "a number above 0 (math.inf allows any rise)"
+        check_number("`explosion` of Safeguards", explosion, above_0, lambda n: n > 0)
+        above_1 = "a finite number above 1"
+        check_number("`backoff` of Safeguards", backoff, above_1, lambda n: 1 < n < math.inf)
+        check_count("`patience` of Safeguards", patience, " of rollbacks")
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row, self._has_warned = 0, False
@@ -272,15 +272,6 @@ class Safeguards:
         if self.probation and (limit := state.get("limit")) is not None:
             self.probation = self.probation._replace(limit=limit)
         self.forget()
-
-
-def _check(
-    name: str, number: Any, what: str, above: float, most: float, kind: type = numbers.Real
-) -> None:
-    """Raise unless a setting of the safeguards is such a number."""
-    is_one = isinstance(number, kind) and not isinstance(number, bool)
-    if not (is_one and above < number <= most):
-        raise ArgumentError(f"`{name}` of Safeguards must be {what}. Got {number!r}.")
 
 
 def _raws(hyperparameters: Mapping[str, Hyperparameter]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-from .errors import ArgumentError
+from .errors import check_number
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class StepRule(ABC):
     max_step: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.max_step > 0:
-            raise ArgumentError(f"`max_step` must be positive. Got {self.max_step}.")
+        check_number("`max_step`", self.max_step, "positive", lambda step: step > 0)
 
     @abstractmethod
     def lipschitz(self, last: float | None, slope: float) -> float:

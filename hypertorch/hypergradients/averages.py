@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..double_backward import TwiceDifferentiable
-from ..errors import ArgumentError
+from ..errors import check_number
 from ..slots import Slots
 from ..transition import Transition
 from .engine import Carried, LiveWindow, OuterLoss, Training, outer_gradient
@@ -20,11 +20,9 @@ def check_average(average: float | None, owner: str) -> None:
     Raises:
         ArgumentError: says what β was.
     """
-    if average is not None and not 0 <= average < 1:
-        raise ArgumentError(
-            f"`average` of {owner} must be at least 0 and below 1. Got {average!r}. "
-            "0.95 remembers about twenty steps; None takes the last weights."
-        )
+    if average is not None:
+        expected = "at least 0 and below 1 (0.95 remembers about twenty steps), or None"
+        check_number(f"`average` of {owner}", average, expected, lambda b: 0 <= b < 1)
 
 
 class Average:

@@ -4,13 +4,14 @@ Nothing is differentiated in λ: E is evaluated where training by moved hyperpar
 arrives. ξ_i = ε_i in a window by itself, and the sum of all ε_i so far where particles persist.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import ArgumentError, UnsupportedError, check_count, check_number
 from ..hyperparameters import all_at
 from ..state import State
 from ..surroundings import ModuleBuffers, RandomState, leaving_no_trace
@@ -91,11 +92,10 @@ class Evolution(Engine):
         reset_every: int | None = None,
         seed: int = 0,
     ) -> None:
-        _check_whole("pairs", pairs)
-        if not 0 < scale < float("inf"):
-            raise ArgumentError(f"`scale` of Evolution must be positive. Got {scale!r}.")
+        check_count("`pairs` of Evolution", pairs)
+        check_number("`scale` of Evolution", scale, "positive", lambda s: 0 < s < math.inf)
         if reset_every is not None:
-            _check_whole("reset_every", reset_every)
+            check_count("`reset_every` of Evolution", reset_every)
             if not persistent:
                 raise ArgumentError(
                     "`reset_every` of Evolution is for persistent particles. Pass "
@@ -283,10 +283,3 @@ def _packed(particle: Moment) -> dict[str, Any]:
 def _unpacked(packed: Mapping[str, Any], like: Moment) -> Moment:
     module_buffers = like.module_buffers.holding(packed["module_buffers"])
     return Moment(State(packed["params"], packed["buffers"]), module_buffers)
-
-
-def _check_whole(name: str, number: Any) -> None:
-    if isinstance(number, bool) or not isinstance(number, int) or number < 1:
-        raise ArgumentError(
-            f"`{name}` of Evolution must be a whole number, at least 1. Got {number!r}."
-        )

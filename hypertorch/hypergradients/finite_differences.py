@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..constraints import bounds_of, real
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import UnsupportedError, check_count, check_number
 from ..hyperparameters import Hyperparameter
 from .engine import Carried, Engine, LiveWindow, OuterLoss, Training, TrainingStep
 from .recording import Recording
@@ -43,10 +43,9 @@ class FiniteDifferences(Engine):
     differentiates_outer_loss = False
 
     def __init__(self, step: float = 1e-6, entries: int | None = None) -> None:
-        if not step > 0:
-            raise ArgumentError(f"`step` of FiniteDifferences must be positive. Got {step!r}.")
-        if entries is not None and entries < 1:
-            raise ArgumentError(f"`entries` of FiniteDifferences must be ≥ 1. Got {entries!r}.")
+        check_number("`step` of FiniteDifferences", step, "positive", lambda e: e > 0)
+        if entries is not None:
+            check_count("`entries` of FiniteDifferences", entries)
         self.difference, self.entries = step, entries
 
     def check(self, training: Training) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, UnsupportedError
+from ..errors import UnsupportedError, check_number
 from ..state import Parts, State
 from ..transition import Linearised
 from .engine import (
@@ -65,10 +65,8 @@ class Forward(Engine):
     needs = "loss"
 
     def __init__(self, decay: float = 1.0, *, real_time: bool = False, limit: int = 1000) -> None:
-        if not 0 <= decay <= 1:
-            raise ArgumentError(f"`decay` of Forward must lie between 0 and 1. Got {decay!r}.")
-        if limit < 1:
-            raise ArgumentError(f"`limit` of Forward must be at least 1. Got {limit!r}.")
+        check_number("`decay` of Forward", decay, "from 0 to 1", lambda g: 0 <= g <= 1)
+        check_number("`limit` of Forward", limit, "at least 1", lambda most: most >= 1)
         self.decay, self.real_time, self.limit = decay, real_time, limit
 
     def check(self, training: Training) -> None:

@@ -6,14 +6,16 @@ What M is (a Hessian, I − Aᵀ) is not their business.
 """
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import ArgumentError, SolverError
+from ..errors import SolverError, check_number
 from .linear_system import Matvec, Solution, System, dot, finite, norm
 
 #: A fixed-point residual this many times ‖b‖ is taken for divergence, not for a transient.
@@ -39,7 +41,13 @@ class LinearSolver(ABC):
 
     def __post_init__(self) -> None:
         for name in ("rtol", "atol", "max_steps"):
-            require(self, name, lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+            kind = int if name == "max_steps" else numbers.Real
+            self._require(name, "a finite number, 0 or more", lambda n: 0 <= n < math.inf, kind)
+
+    def _require(
+        self, name: str, expected: str, holds: Callable[[Any], bool], kind: type = numbers.Real
+    ) -> None:
+        check_number(f"`{name}`", getattr(self, name), expected, holds, kind)
 
     def solve(
         self,
@@ -100,7 +108,7 @@ class FixedPoint(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "step", lambda value: 0 < value < math.inf, "a positive number")
+        self._require("step", "a positive number", lambda alpha: 0 < alpha < math.inf)
 
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
         scale = max(norm(system.b), norm(r))
@@ -294,10 +302,3 @@ def _not_positive(curvature: float, steps: int, system: System) -> SolverError:
         "would be wrong. Add a multiple of the identity (a weight decay), get closer to a minimum "
         "of the inner loss, or use `NormalConjugateGradient`."
     )
-
-
-def require(solver: LinearSolver, name: str, holds: Callable[[float], bool], expected: str) -> None:
-    """Raise unless an option of a solver is what it must be."""
-    value = getattr(solver, name)
-    if not holds(value):
-        raise ArgumentError(f"`{name}` must be {expected}. Got {value}.")

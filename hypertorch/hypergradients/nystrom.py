@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..errors import SolverError
-from .linear_solvers import LinearSolver, require
+from .linear_solvers import LinearSolver
 from .linear_system import System, finite, norm
 
 
@@ -44,8 +44,8 @@ class Nystrom(LinearSolver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "damping", lambda value: 0 < value < math.inf, "a positive number")
-        require(self, "rank", lambda value: value >= 1, "at least 1")
+        self._require("damping", "a positive number", lambda rho: 0 < rho < math.inf)
+        self._require("rank", "at least 1", lambda k: k >= 1, int)
 
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
         if norm(r) <= goal or self.max_steps == 0:

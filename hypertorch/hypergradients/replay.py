@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import ArgumentError
+from ..errors import check_count
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
 from ..transition import Linearised, vjp
@@ -53,10 +53,8 @@ class Replay(Engine):
     needs = "closure"
 
     def __init__(self, spacing: int | None = 1) -> None:
-        if spacing is not None and (not isinstance(spacing, int) or spacing < 1):
-            raise ArgumentError(
-                f"`spacing` of Replay must be a number of steps, or None. Got {spacing!r}."
-            )
+        if spacing is not None:
+            check_count("`spacing` of Replay", spacing, " of steps, or None")
         self.spacing = spacing
 
     def open(self, training: Training, carried: Carried | None = None) -> "ReplayedWindow":
