@@ -47,7 +47,7 @@ def check_checkpoint(
     own = state_dict.get("hypertorch")
     if own is not None:
         _check_parts(own)
-        _check_where_learned(own["groups"].get("learned_in", {}), hyperparameters)
+        _check_where_learned(own["groups"]["learned_in"], hyperparameters)
         _check_hyperparameters(own["raw"], hyperparameters)
         if rule is not None:
             _check_rule(own["rule"], rule)

@@ -268,9 +268,9 @@ class Safeguards:
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
-        self._usual, self._steps = state.get("usual", 0.0), state.get("steps", 0)
-        if self.probation and (limit := state.get("limit")) is not None:
-            self.probation = self.probation._replace(limit=limit)
+        self._usual, self._steps = state["usual"], state["steps"]
+        if self.probation and state["limit"] is not None:
+            self.probation = self.probation._replace(limit=state["limit"])
         self.forget()
 
 

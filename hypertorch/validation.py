@@ -129,7 +129,7 @@ class ValidationLoss:
         """Go on where `state_dict` was taken: the pass is started again and skipped along."""
         with leaving_no_trace(self.model):
             self._replay(state["position"], state["pass_start"])
-        self._set_generators(state.get("generators", []))  # others may draw from them too
+        self._set_generators(state["generators"])  # others may draw from them too
         self._random = state["random"].cpu()
 
     def _replay(self, position: int, pass_start: dict[str, Any]) -> None:
@@ -143,7 +143,7 @@ class ValidationLoss:
         self._position, self._pass_start = position, dict(pass_start)
 
     def _set_generators(self, states: list[Tensor]) -> None:
-        for generator, state in zip(generators_of(self.loader), states, strict=bool(states)):
+        for generator, state in zip(generators_of(self.loader), states, strict=True):
             generator.set_state(state.cpu())
 
     def __getstate__(self) -> dict[str, Any]:

@@ -276,17 +276,6 @@ def test_random_states_are_loaded_from_wherever_a_checkpoint_was_mapped_to():
     assert seen(loss, 3) == expected
 
 
-def test_a_state_from_before_generators_were_saved_is_loaded():
-    loader = numbers(shuffle=True, generator=torch.Generator().manual_seed(3))
-    loss = ValidationLoss(Recorder(), mse, loader)
-    seen(loss, 4)
-    state = copy.deepcopy(loss.state_dict())
-    expected = seen(loss, 2)
-    del state["generators"]
-    loss.load_state_dict(state)
-    assert seen(loss, 2) == expected
-
-
 def test_a_loader_of_ones_own_that_forwards_to_another_is_taken_as_it_is():
     class Forwarding:
         def __init__(self, loader):
