@@ -20,6 +20,7 @@ from .functional import check_wrapped, closures, hypergradient
 from .hypergradients import Engine, FiniteDifferences, OuterLoss, Unroll
 from .hypergradients.finite_differences import within
 from .inner_loss import one_batch
+from .loss_graph import LossGraph
 from .optimizer import HyperOptimizer
 from .surroundings import leaving_no_trace
 
@@ -171,6 +172,8 @@ def check_hypergradient(
             hypergradient(optimizer, inner, outer, FiniteDifferences(by * step, entries))
             for by in (1, 10)
         )
+        with torch.enable_grad(), leaving_no_trace(optimizer.model):
+            functions = LossGraph(inner[0](), []).functions()
         with torch.no_grad(), leaving_no_trace(optimizer.model):
             rounding = 10 * _EPSILON * (1 + abs(float(outer())))
         values = {name: h.value.detach() for name, h in optimizer.hyperparameters.items()}
@@ -182,14 +185,14 @@ def check_hypergradient(
         )
         if not math.isnan(theirs)
     ]
-    return HypergradientCheck(engine, rows, _causes(optimizer.model, rows))
+    return HypergradientCheck(engine, rows, _causes(optimizer.model, rows, functions))
 
 
 def _columns(name: str, *tables: Mapping[str, Tensor]) -> Iterator[tuple[float, ...]]:
     return zip(*(table[name].flatten().tolist() for table in tables), strict=True)
 
 
-def _causes(model: nn.Module, rows: Sequence[Comparison]) -> list[str]:
+def _causes(model: nn.Module, rows: Sequence[Comparison], functions: Sequence[str]) -> list[str]:
     """What may explain a mismatch, most likely first."""
     causes = [
         "A tensor of the loss was cut from the graph (`.detach()`, `.item()`, `.data`, a copy of "
@@ -200,6 +203,13 @@ def _causes(model: nn.Module, rows: Sequence[Comparison]) -> list[str]:
         "The engine is an estimate: see its docstring for what it leaves out, and `cosine` for how "
         "far that turns the hypergradient.",
     ]
+    if functions:
+        causes.insert(
+            0,
+            f"The backward of an autograd function ({', '.join(functions)}) that uses what its "
+            "forward computed on the way: to second derivatives that is a constant. What it keeps "
+            "should be inputs and outputs alone.",
+        )
     if any(getattr(module, "track_running_stats", False) for module in model.modules()):
         causes.insert(
             0,

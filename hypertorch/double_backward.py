@@ -1,10 +1,10 @@
 """What torch must be told while a window lasts, so that a loss can be differentiated twice.
 
-Fused attention, cuDNN's recurrent networks and compiled modules have no double backward; that of
-fused weight normalisation is wrong, that of activation checkpointing recomputes with later weights,
-and that of BatchNorm in eval mode reads later statistics. Their plain counterparts are right; each
-is switched only while some window lasts, and switched back after. What is marked
-`once_differentiable` has no counterpart, and is refused.
+Fused attention, the hard sigmoid, cuDNN's recurrent networks and compiled modules have no double
+backward; that of fused weight normalisation is wrong, that of activation checkpointing recomputes
+with later weights, and that of BatchNorm in eval mode reads later statistics. Their plain
+counterparts are right; each is switched only while some window lasts, and switched back after. An
+autograd function whose backward has no graph has no counterpart, and is refused.
 """
 
 import sys
@@ -39,7 +39,9 @@ class TwiceDifferentiable:
             _math_attention,
             without_recomputation,
             _own_statistics,
+            _composite_hard_sigmoid,
             _refusing_once_differentiable,
+            _refusing_without_graph,
         ]
         if any(_is_compiled(module) for module in model.modules()):
             self._switches.append(_eager)
@@ -208,12 +210,45 @@ def _refusing_once_differentiable() -> Iterator[None]:
 
 
 def _refuse(*_: Any) -> NoReturn:
-    context = sys._getframe(1).f_locals.get("ctx")
+    raise _without_second(sys._getframe(1).f_locals.get("ctx"), "is marked `once_differentiable`")
+
+
+@contextmanager
+def _refusing_without_graph() -> Iterator[None]:
+    """Raise where a backward that should have a graph made none, as under its own `no_grad`.
+
+    What it returns is linear in the gradients that come in, so that it has theirs at least.
+    """
+    functions = torch.autograd.function.BackwardCFunction
+    shared = functions.apply
+
+    def checked(context: Any, *incoming: Any) -> Any:
+        found = shared(context, *incoming)
+        if torch.is_grad_enabled() and any(map(_has_graph, incoming)):
+            returned = found if isinstance(found, tuple) else (found,)
+            for is_needed, gradient in zip(context.needs_input_grad, returned, strict=False):
+                is_cut = is_needed and gradient is not None and not _has_graph(gradient)
+                if is_cut and gradient.any():
+                    raise _without_second(context, "makes no graph in its backward")
+        return found
+
+    functions.apply = checked  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        functions.apply = shared  # type: ignore[method-assign]
+
+
+def _has_graph(gradient: Any) -> bool:
+    return isinstance(gradient, Tensor) and gradient.requires_grad
+
+
+def _without_second(context: Any, because: str) -> UnsupportedError:
     name = "A function" if context is None else type(context).__name__.removesuffix("Backward")
-    raise UnsupportedError(
-        f"`{name}`, an autograd function that the loss uses, is marked `once_differentiable`: it "
-        "has no second derivatives, which are needed here. Write its backward in differentiable "
-        "operations; or learn by `FirstOrder` or `Displacement`, which need none."
+    return UnsupportedError(
+        f"`{name}`, an autograd function that the loss uses, {because}: it has no second "
+        "derivatives, which are needed here. Write its backward in differentiable operations; or "
+        "learn by `FirstOrder` or `Displacement`, which need none."
     )
 
 
@@ -234,6 +269,23 @@ def _composite_weight_norm() -> Iterator[None]:
         yield
     finally:
         torch._weight_norm = _legacy._weight_norm = fused  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _composite_hard_sigmoid() -> Iterator[None]:
+    """min(max(x + 3, 0), 6) / 6 from its parts: torch's kernel has no second derivative."""
+    kernels: Any = torch._C._nn
+    fused, in_place = kernels.hardsigmoid, kernels.hardsigmoid_
+
+    def composite(input: Tensor) -> Tensor:
+        return nn.functional.relu6(input + 3) / 6
+
+    kernels.hardsigmoid = composite
+    kernels.hardsigmoid_ = lambda input: input.copy_(composite(input))
+    try:
+        yield
+    finally:
+        kernels.hardsigmoid, kernels.hardsigmoid_ = fused, in_place
 
 
 @contextmanager

@@ -41,6 +41,12 @@ class LossGraph:
         """Return the ids of the leaves that require a gradient."""
         return {id(node.variable) for node in self._seen if hasattr(node, "variable")}
 
+    def functions(self) -> list[str]:
+        """Return the names of the autograd functions in it that are neither torch's nor ours."""
+        kinds = {type(node)._forward_cls for node in self._seen if hasattr(node, "_forward_cls")}
+        ours = ("torch", __name__.partition(".")[0])
+        return sorted(k.__name__ for k in kinds if k.__module__.partition(".")[0] not in ours)
+
     def check_references(self, former: Set[int] = frozenset()) -> None:
         """Refuse a loss that uses a weight as it was at the window's start, or at `former` leaves.
 

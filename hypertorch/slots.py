@@ -42,7 +42,7 @@ class FastParameter(torch.Tensor):
 
     @data.setter
     def data(self, value: Tensor) -> None:
-        if value is not self:
+        if not _is_all_of(value, self):
             raise WindowError(_NOT_IN_A_WINDOW.format("Moving or replacing a weight (`.data = …`)"))
 
     @property
@@ -70,6 +70,12 @@ class FastParameter(torch.Tensor):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return _with_value, (self.live, self._value())
+
+
+def _is_all_of(value: Tensor, weight: Tensor) -> bool:
+    """Whether to assign it changes nothing, as in `weight.data = weight.data`."""
+    where, own = ((t.data_ptr(), t.shape, t.stride(), t.dtype, t.device) for t in (value, weight))
+    return where == own
 
 
 def _with_value(param: Tensor, value: Tensor) -> Tensor:

@@ -80,6 +80,19 @@ def _parametrized_weight_norm() -> nn.Module:
     return nn.Sequential(first, nn.Tanh(), nn.Linear(5, 3))
 
 
+class Reassigned(nn.Linear):
+    """One that puts its weight where it is, as libraries do to have it on the input's device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = self.weight.data.to(x.dtype)
+        return super().forward(x)
+
+
+def _hard_sigmoids() -> nn.Module:
+    first, second = nn.Hardsigmoid(), nn.Hardsigmoid(inplace=True)
+    return nn.Sequential(nn.Linear(6, 5), first, nn.Linear(5, 4), second, nn.Linear(4, 3))
+
+
 def _cnn() -> nn.Module:
     convolution = nn.Conv2d(1, 3, 2)  # (1, 2, 3) to (3, 1, 2)
     return nn.Sequential(
@@ -99,6 +112,8 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "Embedding": Embedded,
     "multi-head attention": Attention,
     "LSTM": Recurrent,
+    "hard sigmoids": _hard_sigmoids,
+    "weights put where they are": lambda: nn.Sequential(Reassigned(6, 5), nn.Tanh()),
     "old weight_norm": _weight_norm,
     "parametrized weight_norm": _parametrized_weight_norm,
 }
