@@ -17,7 +17,6 @@ from .errors import ArgumentError, WindowError
 from .gradient_hooks import hooks_set_aside
 from .hypergradients import Engine, OuterLoss
 from .surroundings import keeping_modes, leaving_no_trace
-from .validation import ValidationLoss
 
 WRITTEN_TO = (
     "Weights were written to, frozen or released between the steps of a window, for the third "
@@ -155,17 +154,11 @@ def one_batch(outer_loss: OuterLoss) -> AbstractContextManager[None]:
 
 
 @contextmanager
-def guarded(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Iterator[None]:
-    """Within, let `engine` use the model for one outer update; after, no trace of it is left.
-
-    A `ValidationLoss` sees to that itself, and its guard need not be doubled where E alone is run.
-    """
-    is_own = type(outer_loss) is ValidationLoss and outer_loss.model is model
-    is_safe = is_own and engine.runs_outer_loss_alone
-    no_trace = nullcontext() if is_safe else leaving_no_trace(model)
+def guarded(outer_loss: OuterLoss, model: nn.Module) -> Iterator[None]:
+    """Within, let an engine use the model for one outer update; after, no trace of it is left."""
     torch.clear_autocast_cache()  # of weights as they were before the step
     unhooked = hooks_set_aside(model.parameters())
-    with no_trace, without_recomputation(), unhooked, one_batch(outer_loss):
+    with leaving_no_trace(model), without_recomputation(), unhooked, one_batch(outer_loss):
         yield
 
 

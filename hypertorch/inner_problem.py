@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .arguments import check_loss
 from .double_backward import TwiceDifferentiable, seed
 from .errors import ArgumentError, ArgumentTypeError, SolverError
 from .hypergradients.linear_solvers import ConjugateGradient
@@ -81,20 +82,11 @@ def evaluated(loss: Loss, name: str) -> Tensor:
     """Return a loss with its graph.
 
     Raises:
-        ArgumentTypeError, ArgumentError: it is no number, or does not depend on `params`.
+        ArgumentTypeError, ArgumentError: it is no number, or has no graph.
     """
     with torch.enable_grad():
         found = loss()
-    if not isinstance(found, Tensor):
-        raise ArgumentTypeError(
-            f"`{name}` must return a tensor. Got {type(found).__name__}. Return the loss itself, "
-            "not its `.item()`."
-        )
-    if not found.requires_grad or found.numel() != 1:
-        raise ArgumentError(
-            f"`{name}` must return one number that depends on `params`. Got a tensor of "
-            f"shape {list(found.shape)}, requires_grad={found.requires_grad}."
-        )
+    check_loss(found, f"What `{name}` returns")
     return found
 
 

@@ -202,7 +202,7 @@ class OuterLoop:
     def _update(self) -> None:
         """Differentiate the outer loss through the window, close it, and move ρ."""
         try:
-            with guarded(self.outer_loss, self.engine, self.model), torch.enable_grad():
+            with guarded(self.outer_loss, self.model), torch.enable_grad():
                 checked = checked_outer(self.outer_loss, self.engine, self.model)
                 outer_loss, hypergradients = self._open[0].hypergradient(checked)
             self.safeguards.settle()

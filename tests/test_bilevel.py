@@ -668,10 +668,10 @@ REFUSED = {
         {"hyperparameters": [0.1]}, ArgumentTypeError, "must hold `Hyperparameter` objects. Got fl"
     ),
     "an inner loss of other weights": (
-        {"inner_loss": lambda: torch.zeros(())}, ArgumentError, "`inner_loss` must return one numb"
+        {"inner_loss": lambda: torch.zeros(())}, ArgumentError, "`inner_loss` returns has no graph"
     ),
     "an outer loss per example": (
-        {"outer_loss": lambda: TENSOR * 2}, ArgumentError, "Got a tensor of shape [3], requires_gr"
+        {"outer_loss": lambda: TENSOR * 2}, ArgumentError, "`outer_loss` returns must be a scalar"
     ),
     "an inner loss that is random": (
         {"inner_loss": lambda: TENSOR.sum() + torch.rand(()), "params": [TENSOR]},
@@ -737,11 +737,11 @@ def bad_arguments():
     return {
         "an outer number": (
             good | {"outer_loss": lambda: 1.0},
-            "`outer_loss` must return a tensor",
+            "What `outer_loss` returns must be a tensor",
         ),
         "an inner number": (
             good | {"inner_loss": lambda: 1.0},
-            "`inner_loss` must return a tensor",
+            "What `inner_loss` returns must be a tensor",
         ),
         "no outer closure": (good | {"outer_loss": outer()}, "`outer_loss` must be callable"),
         "no inner closure": (good | {"inner_loss": inner()}, "`inner_loss` must be callable"),

@@ -69,7 +69,6 @@ class Displacement(Engine):
 
     needs = "gradients"
     differentiates_twice = False
-    runs_outer_loss_alone = True
 
     def __init__(self, average: float | None = None) -> None:
         check_average(average, "Displacement")

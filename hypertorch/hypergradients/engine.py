@@ -198,13 +198,11 @@ class Engine(ABC):
         differentiates_twice: whether torch must be told so before the forward passes of training.
         differentiates_outer_loss: whether E must have a graph; else it may be any number, such as
             an error rate.
-        runs_outer_loss_alone: whether `hypergradient` runs the model in no other way than by E.
     """
 
     needs: Literal["gradients", "loss", "closure"]
     differentiates_twice: bool = True
     differentiates_outer_loss: ClassVar[bool] = True
-    runs_outer_loss_alone: ClassVar[bool] = False
 
     def check(self, training: Training) -> None:
         """Raise if a hyperparameter, Φ or model cannot be differentiated by this method.

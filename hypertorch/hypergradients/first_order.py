@@ -84,7 +84,6 @@ class FirstOrder(Engine):
 
     needs = "gradients"
     differentiates_twice = False
-    runs_outer_loss_alone = True
 
     def __init__(self, average: float | None = None) -> None:
         check_average(average, "FirstOrder")

@@ -49,7 +49,6 @@ class Unroll(Engine):
     """
 
     needs = "loss"
-    runs_outer_loss_alone = True
 
     def prepare(self, training: Training) -> None:
         """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
