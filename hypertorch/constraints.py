@@ -5,6 +5,7 @@ happens to a value on the boundary of Λ, where no ρ exists.
 """
 
 import math
+from numbers import Real
 from typing import cast
 
 import torch
@@ -48,7 +49,8 @@ def interval(lower: float, upper: float) -> Constraint:
     Raises:
         ArgumentError: the ends are not finite, or not in this order.
     """
-    if not -math.inf < lower < upper < math.inf:
+    are_numbers = isinstance(lower, Real) and isinstance(upper, Real)
+    if not (are_numbers and -math.inf < lower < upper < math.inf):
         raise ArgumentError(
             f"`interval` needs two finite ends, the lower one first. Got {lower!r} and {upper!r}. "
             "Use `positive` for numbers above 0, `real` for any."

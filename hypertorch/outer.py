@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .entries import MANY
-from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, kind_of
+from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, check_number, kind_of
 from .wrapper import hooked
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -67,12 +67,10 @@ class GatedSign(torch.optim.Optimizer):
                 "`max_step` of GatedSign must be a number, or one for each hyperparameter. "
                 f"Got {len(max_step)} for {len(params)}."
             )
-        steps = [max_step] if isinstance(max_step, (int, float)) else max_step
-        if not all(step > 0 for step in steps) or not 0 <= decay < 1:
-            raise ArgumentError(
-                "GatedSign needs a `max_step` above 0, and a `decay` of at least 0 and below 1. "
-                f"Got {max_step} and {decay}."
-            )
+        for step in [max_step] if isinstance(max_step, (int, float)) else max_step:
+            check_number("`max_step` of GatedSign", step, "a number above 0", lambda n: n > 0)
+        expected = "at least 0 and below 1"
+        check_number("`decay` of GatedSign", decay, expected, lambda g: 0 <= g < 1)
         super().__init__(params, {"max_step": max_step, "decay": decay})
 
     @hooked

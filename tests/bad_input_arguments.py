@@ -1,5 +1,6 @@
 """Bad inputs to the constructor: the first part of the table of bad inputs."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,10 +11,18 @@ from support import OPTIMIZERS
 from torch import nn
 
 from hypertorch import (
+    ConjugateGradient,
+    Evolution,
+    FiniteDifferences,
+    FirstOrder,
+    FixedPoint,
+    Forward,
     GatedSign,
     HyperOptimizer,
     Hyperparameter,
     Implicit,
+    Nystrom,
+    Replay,
     Safeguards,
     ValidationLoss,
     interval,
@@ -21,6 +30,7 @@ from hypertorch import (
     simplex,
     unit_interval,
 )
+from hypertorch.bilevel import Descent
 
 SUPPORTED = "Adagrad, Adam, AdamW, NAdam, RAdam, RMSprop, SGD"
 SGD_SETTINGS = "dampening, lr, momentum, weight_decay"
@@ -40,6 +50,34 @@ ENDS = (
     "`interval` needs two finite ends, the lower one first. Got {} and {}. "
     "Use `positive` for numbers above 0, `real` for any."
 )
+
+AVERAGE = "at least 0 and below 1 (0.95 remembers about twenty steps), or None"
+ANY, STEPS = "a finite number, 0 or more", "a whole number of steps"
+COUNT = "a whole number, at least 1"
+
+
+def gated_sign(**options: Any) -> GatedSign:
+    """Return a rule for one number."""
+    return GatedSign([torch.zeros(1, requires_grad=True)], **options)
+
+
+#: What is built, how it is called, its option, what that must be, and what it must not.
+NUMBERS: list[tuple[Any, str, str, str, tuple[Any, ...]]] = [
+    (FirstOrder, " of FirstOrder", "average", AVERAGE, (1.0, -0.1, "x", math.nan)),
+    (Forward, " of Forward", "decay", "from 0 to 1", (1.5, "x", True)),
+    (FiniteDifferences, " of FiniteDifferences", "step", "positive", (0.0, "x")),
+    (FiniteDifferences, " of FiniteDifferences", "entries", COUNT, (0, 1.5)),
+    (Evolution, " of Evolution", "scale", "positive", (0.0, math.inf, "x")),
+    (Evolution, " of Evolution", "pairs", COUNT, (0, 2.5, True)),
+    (Replay, " of Replay", "spacing", f"{STEPS}, at least 1, or None", (0, True)),
+    (ConjugateGradient, "", "rtol", ANY, (-1.0, math.inf, "x")),
+    (ConjugateGradient, "", "max_steps", "a whole number, 0 or more", (-1, 2.5)),
+    (FixedPoint, "", "step", "a positive number", (0.0, "x")),
+    (Nystrom, "", "rank", COUNT, (0, 2.5, "x")),
+    (Descent, "", "max_step", "positive", (0.0, "x")),
+    (gated_sign, " of GatedSign", "decay", "at least 0 and below 1", (1.0, -0.1, "x")),
+    (gated_sign, " of GatedSign", "max_step", "a number above 0", (0.0, "x")),
+]
 
 
 def with_optimizer(make: Callable[[Any], Any]) -> Callable[[Bench, Any], Any]:
@@ -516,8 +554,17 @@ ARGUMENTS = [
         value_error(
             f"an interval from {lower} to {upper}",
             lambda *_, lower=lower, upper=upper: interval(lower, upper),
-            ENDS.format(lower, upper),
+            ENDS.format(repr(lower), repr(upper)),
         )
-        for lower, upper in ((1, 1), (1, 0), (0.0, float("inf")), (float("nan"), 1))
+        for lower, upper in ((1, 1), (1, 0), (0.0, float("inf")), (float("nan"), 1), ("a", 1))
+    ],
+    *[
+        value_error(
+            f"{kind.__name__}({name}={got!r})",
+            lambda *_, kind=kind, given={name: got}: kind(**given),
+            f"`{name}`{of} must be {expected}. Got {got!r}.",
+        )
+        for kind, of, name, expected, wrong in NUMBERS
+        for got in wrong
     ],
 ]

@@ -214,12 +214,6 @@ def test_several_move_as_each_would_alone():
         assert rho.detach().abs().max() > 0.1
 
 
-@pytest.mark.parametrize("options", [{"decay": 1.0}, {"decay": -0.1}, {"max_step": 0.0}])
-def test_numbers_of_the_gated_sign_that_cannot_work_are_refused(options):
-    with pytest.raises(ArgumentError, match="needs a `max_step` above 0, and a `decay` of"):
-        GatedSign([torch.zeros(1, requires_grad=True)], **options)
-
-
 def test_a_rule_that_evaluates_again_is_refused_at_once():
     model = mlp()
     with pytest.raises(UnsupportedError, match="`outer` cannot be LBFGS"):

@@ -40,9 +40,9 @@ class LinearSolver(ABC):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
-        for name in ("rtol", "atol", "max_steps"):
-            kind = int if name == "max_steps" else numbers.Real
-            self._require(name, "a finite number, 0 or more", lambda n: 0 <= n < math.inf, kind)
+        for name in ("rtol", "atol"):
+            self._require(name, "a finite number, 0 or more", lambda n: 0 <= n < math.inf)
+        self._require("max_steps", "a whole number, 0 or more", lambda n: n >= 0, int)
 
     def _require(
         self, name: str, expected: str, holds: Callable[[Any], bool], kind: type = numbers.Real

@@ -45,7 +45,7 @@ class Nystrom(LinearSolver):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require("damping", "a positive number", lambda rho: 0 < rho < math.inf)
-        self._require("rank", "at least 1", lambda k: k >= 1, int)
+        self._require("rank", "a whole number, at least 1", lambda k: k >= 1, int)
 
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
         if norm(r) <= goal or self.max_steps == 0:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from ..errors import check_count
+from ..errors import check_number
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
 from ..transition import Linearised, vjp
@@ -54,7 +54,8 @@ class Replay(Engine):
 
     def __init__(self, spacing: int | None = 1) -> None:
         if spacing is not None:
-            check_count("`spacing` of Replay", spacing, " of steps, or None")
+            expected = "a whole number of steps, at least 1, or None"
+            check_number("`spacing` of Replay", spacing, expected, lambda n: n >= 1, int)
         self.spacing = spacing
 
     def open(self, training: Training, carried: Carried | None = None) -> "ReplayedWindow":

@@ -441,7 +441,7 @@ BAD = {
     "negative steps": (ConjugateGradient, {"max_steps": -1}, "`max_steps` must be"),
     "a step of zero": (FixedPoint, {"step": 0.0}, "`step` must be a positive number. Got 0.0"),
     "no damping": (Nystrom, {"damping": 0.0}, "`damping` must be a positive number"),
-    "no column": (Nystrom, {"rank": 0}, "`rank` must be at least 1. Got 0"),
+    "no column": (Nystrom, {"rank": 0}, "`rank` must be a whole number, at least 1. Got 0"),
 }
 
 
