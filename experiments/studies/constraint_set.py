@@ -193,9 +193,7 @@ class _Descent:
         assert self.best is not None and self.lipschitz is not None
         distance = 0.0
         for unit, h, raw, p in zip(self.units, learned.values(), *self.best[1:], strict=True):
-            h.raw.data.copy_(raw - unit * p / self.lipschitz)
-            h.clamp_()
-            h.refresh()
+            h.put(raw - unit * p / self.lipschitz)
             distance += ((h.raw.detach() - raw).item() / unit) ** 2
         self.moved = math.sqrt(distance)
         return self.moved
