@@ -288,7 +288,9 @@ def test_windows_that_break_each_others_graph_say_so(rhythms):
         "backward through it. If you write to the weights, as in clipping, take them from "
         "`model.parameters()` each time, not from a list made before the window. Where its losses "
         "use weights that another optimizer trains, wrap that one too, with the same `window` and "
-        "`update_every`, and detach what a loss does not train."
+        "`update_every`, and detach what a loss does not train. Where the backward of an autograd "
+        "function runs the model again (adjoint solvers), use `Replay()`, whose weights are those "
+        "of the step."
     )
 
 
