@@ -1,4 +1,4 @@
-"""A small causal transformer over characters."""
+"""Small transformers: over characters, and over the patches of an image."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
+
+from experiments.config_errors import ConfigError
 
 SPREAD = 0.02  # standard deviation of the initial embeddings
 
@@ -29,7 +31,7 @@ class CharacterTransformer(nn.Module):
         self.embedding = nn.Embedding(classes, width)
         self.position = nn.Parameter(SPREAD * torch.randn(shape[0], width))
         nn.init.normal_(self.embedding.weight, std=SPREAD)
-        self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(layers)))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
         self.norm = nn.LayerNorm(width)
         self.readout = nn.Linear(width, classes)
 
@@ -44,17 +46,66 @@ class CharacterTransformer(nn.Module):
         return logits.transpose(1, 2)
 
 
+class PatchTransformer(nn.Module):
+    """Patches of an image, embedded; blocks, LayerNorm, the mean over patches, and one readout.
+
+    Args:
+        image_shape: channels, height, width.
+        classes: number of outputs.
+        patch: its height and width, which divide the image's.
+        width, heads, layers: as in `CharacterTransformer`.
+
+    Raises:
+        ConfigError: the patches do not tile the image.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        patch: int = 2,
+        width: int = 48,
+        heads: int = 4,
+        layers: int = 2,
+    ) -> None:
+        super().__init__()
+        channels, *sides = image_shape
+        if patch < 1 or any(side % patch for side in sides):
+            raise ConfigError(
+                f"`model.patch` must divide the image. Got {patch} for "
+                f"{sides[0]}×{sides[1]} pixels. Choose another number."
+            )
+        count = (sides[0] // patch) * (sides[1] // patch)
+        self.patches = nn.Unfold(patch, stride=patch)
+        self.embedding = nn.Linear(channels * patch**2, width)
+        self.position = nn.Parameter(SPREAD * torch.randn(count, width))
+        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
+        self.norm = nn.LayerNorm(width)
+        self.readout = nn.Linear(width, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The logits, `(n, classes)`.
+
+        Args:
+            images: `(n, channels, height, width)`.
+        """
+        x = self.embedding(self.patches(images).transpose(1, 2)) + self.position
+        logits: Tensor = self.readout(self.norm(self.blocks(x)).mean(1))
+        return logits
+
+
 class Block(nn.Module):
     """x + attention(norm x), then x + perceptron(norm x).
 
     Args:
         width: of the residual stream.
         heads: of the attention.
+        causal: whether the attention sees the past alone.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, causal: bool) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.causal = heads, causal
         self.norms = nn.ModuleList([nn.LayerNorm(width), nn.LayerNorm(width)])
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
@@ -75,5 +126,5 @@ class Block(nn.Module):
         n, context, width = x.shape
         parts = self.query_key_value(x).view(n, context, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = parts.unbind(0)
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        mixed = scaled_dot_product_attention(query, key, value, is_causal=self.causal)
         return mixed.transpose(1, 2).reshape(n, context, width)

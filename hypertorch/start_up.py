@@ -18,6 +18,7 @@ from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .functional import as_it_was, check_wrapped, closures
 from .hypergradients import OuterLoss
+from .hypergradients.linear_system import length
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
@@ -34,6 +35,8 @@ TELLING = 0.01
 RUINED = 3.0
 #: Epochs over which a weight is to be an average of its updates.
 TIMESCALE = 10
+#: How many times their initial size Adam's weights may reach against the first λ.
+ROOM = 10
 
 
 def search_lr(
@@ -120,6 +123,11 @@ def start_weight_decay(
     the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
     within the run, and with one far below nothing else has: from now on λ stays within
     T / τ = 0.1 … 300; where groups have several η, between the least and the most of their λ.
+
+    A step of Adam is about η at most, so that a decoupled decay holds weights below 1 / λ. There λ
+    starts at 1 / (10 rms(w)) at most, by the group's matrices as they are: a network that learns
+    more slowly than its weights forget would be decayed to nothing.
+
     Each group has the λ of its own η, so call it after `search_lr`; one λ that they share is that
     of the first.
 
@@ -163,9 +171,21 @@ def start_weight_decay(
     start = min(max(epochs / TIMESCALE, 1.0), strongest)
     own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
-    decay.start_at([one * start for one in ones])
+    found = [min(one * start, most) for one, most in zip(ones, _most(optimizer), strict=True)]
+    decay.start_at(found)
     loop.settings_were_set()
-    return start * own[0]
+    return found[decay.learned_in.index(True)]
+
+
+def _most(optimizer: HyperOptimizer) -> list[float]:
+    """Return for each group the λ that leaves weights `ROOM` times their present size."""
+    found = list[float]()
+    for group in optimizer.param_groups:
+        matrices = [p.detach() for p in group["params"] if p.dim() > 1]
+        size = length(matrices) if group.get("decoupled_weight_decay") else 0.0
+        entries = sum(p.numel() for p in matrices)
+        found.append(math.sqrt(entries) / (ROOM * size) if size else math.inf)
+    return found
 
 
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:

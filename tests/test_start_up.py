@@ -1,6 +1,7 @@
 """`search_lr`: the same η from every starting value, and nothing else touched."""
 
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -206,6 +207,8 @@ def test_each_group_starts_at_the_weight_decay_of_its_own_rate(order):
     """Whatever their order; a group at η = 0 has that of the largest."""
     model = network()
     params = list(model.parameters())
+    for param in params:
+        param.data *= 1e-3  # so that λ leaves them room enough
     rates = [0.1, 1e-3, 0.0][::order]
     groups = [{"params": params[k::3], "lr": lr} for k, lr in enumerate(rates)]
     optimizer = HyperOptimizer(
@@ -215,6 +218,23 @@ def test_each_group_starts_at_the_weight_decay_of_its_own_rate(order):
     decay = optimizer.hyperparameters["weight_decay"]
     assert decay().tolist() == pytest.approx([0.2, 20.0, 0.2][::order], rel=1e-5)
     assert decay.bounds == pytest.approx((0.01, 3e3))
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "expected"),
+    [("AdamW", 0.5, 0.2), ("AdamW", 1e-3, 25.0), ("AdamW", 0.0, 25.0), ("SGD", 0.5, 25.0)],
+)
+def test_the_first_weight_decay_leaves_adams_weights_ten_times_their_room(name, size, expected):
+    """1 / (10 · 0.5) for 1 / (0.01 · 4), by the matrices alone."""
+    model = nn.Linear(3, 2)
+    nn.init.constant_(model.weight, -size)
+    nn.init.constant_(model.bias, 7.0)
+    bare = getattr(torch.optim, name)(model.parameters(), lr=0.01, weight_decay=1.0)
+    optimizer = HyperOptimizer(bare, model, lambda: model.weight.sum())
+    with patch("hypertorch.start_up.TIMESCALE", 1):
+        assert start_weight_decay(optimizer, 100, 4) == pytest.approx(expected)
+    decay = optimizer.hyperparameters["weight_decay"]
+    assert decay().item() == pytest.approx(expected) and decay.bounds == pytest.approx((0.1, 300))
 
 
 def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():

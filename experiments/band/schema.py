@@ -47,6 +47,17 @@ class TransformerConfig:
 
 
 @dataclass
+class PatchTransformerConfig:
+    """A small transformer over the patches of an image."""
+
+    _target_: str = "experiments.transformer.PatchTransformer"
+    patch: int = 2
+    width: int = 48
+    heads: int = 4
+    layers: int = 2
+
+
+@dataclass
 class TaskConfig:
     """Data, model and length of a run; all methods share them."""
 
@@ -138,7 +149,12 @@ CHOICES: dict[str, dict[str, type]] = {
         "fashion_mnist": FashionMNISTConfig,
         "king_james": KingJamesConfig,
     },
-    "task/model": {"cnn": CNNConfig, "mlp": MLPConfig, "transformer": TransformerConfig},
+    "task/model": {
+        "cnn": CNNConfig,
+        "mlp": MLPConfig,
+        "patches": PatchTransformerConfig,
+        "transformer": TransformerConfig,
+    },
 }
 _CHOSEN = [node for choices in CHOICES.values() for node in choices.values()]
 NODES: list[type] = [BandConfig, GridConfig, SizeConfig, *_CHOSEN]

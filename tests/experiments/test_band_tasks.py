@@ -14,7 +14,7 @@ from experiments.evaluation import evaluate
 from experiments.fourier_features import breast_cancer
 from experiments.king_james import king_james, read_text
 from experiments.loaders import Examples
-from experiments.transformer import CharacterTransformer
+from experiments.transformer import CharacterTransformer, PatchTransformer
 
 VERSES = "Ge1:1 In the beginning\nGe1:2 And the earth\nRe22:21 Amen.\n"
 
@@ -104,6 +104,18 @@ def test_the_transformer_sees_only_the_past():
     assert before.shape == (3, 5, 6)
     assert torch.equal(before[:, :, :4], after[:, :, :4])
     assert not torch.equal(before[:, :, 4], after[:, :, 4])
+
+
+def test_every_patch_of_an_image_counts_and_knows_its_place():
+    model = PatchTransformer((2, 4, 6), classes=5, patch=2, width=8, heads=2).double()
+    image = torch.randn(1, 2, 4, 6, dtype=torch.float64, requires_grad=True)
+    logits = model(image)
+    assert logits.shape == (1, 5)
+    (slope,) = torch.autograd.grad(logits[0, 0], image)
+    assert (slope != 0).all()
+    assert not torch.allclose(model(image.roll(2, dims=3)), logits)  # the patches, moved
+    with pytest.raises(ConfigError, match=r"must divide the image. Got 4 for 4×6 pixels"):
+        PatchTransformer((2, 4, 6), classes=5, patch=4)
 
 
 def test_accuracy_counts_every_character():
