@@ -8,9 +8,9 @@
     ρ moves by its hypergradient's sign, as far as that is sure  (`GatedSign`)
 
 with r(w, λ) = 0 there and M = ∂r/∂w (for SGD r = ∇L + λ w, and ∂_λ r = w), and the user's schedule
-brings η to zero. E and M are those at averaged weights w̄: the last ones
-are off by the noise of their mini-batches, which the schedule will take away anyhow. It would have
-η fall early, and λ not rise in time.
+brings η to zero. E and M are those at averaged weights w̄: the last ones are off by the noise of
+their mini-batches, which the schedule will take away anyhow. It would have η fall early, and λ not
+rise in time.
 """
 
 import math

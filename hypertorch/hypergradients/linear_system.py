@@ -92,7 +92,7 @@ def norm(x: Tensor) -> float:
 def length(tensors: Iterable[Tensor]) -> float:
     """Return ‖·‖₂ over all entries of all tensors, likewise."""
     norms = [torch.linalg.vector_norm(t, dtype=torch.float64) for t in tensors]
-    return norm(torch.stack(norms)) if norms else 0.0
+    return norm(torch.stack([n.to(norms[0].device) for n in norms])) if norms else 0.0
 
 
 def finite(number: float, system: System) -> float:
