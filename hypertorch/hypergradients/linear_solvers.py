@@ -249,8 +249,7 @@ class Lanczos(LinearSolver):
                 break  # the span is invariant: nothing is left of b
             torch.div(rest, length, out=space[k])
         space, image = space[:k], image[:k]
-        t = (space @ image.T).double()
-        values, vectors = torch.linalg.eigh((t + t.T) / 2)
+        values, vectors = torch.linalg.eigh((image @ space.T + space @ image.T).double() / 2)
         largest = values.abs().max().clamp(min=torch.finfo(b.dtype).tiny)
         weights = vectors @ (vectors[0] / values.abs().clamp(min=0.01 * largest))
         weights = (weights * size).to(b)
