@@ -161,6 +161,19 @@ def _without_cudnn() -> AbstractContextManager[None]:
     return torch.backends.cudnn.flags(enabled=False)
 
 
+@contextmanager
+def _replaced(owner: Any, **others: Any) -> Iterator[None]:
+    """Let attributes of torch's be others within."""
+    before = {name: getattr(owner, name) for name in others}
+    for name, other in others.items():
+        setattr(owner, name, other)
+    try:
+        yield
+    finally:
+        for name, own in before.items():
+            setattr(owner, name, own)
+
+
 class _Kept:
     """Stands in for both kinds of activation checkpoint and keeps the activations."""
 
@@ -173,48 +186,35 @@ class _Kept:
         yield
 
 
-@contextmanager
-def without_recomputation() -> Iterator[None]:
+def without_recomputation() -> AbstractContextManager[None]:
     """Run checkpointed parts as they are.
 
     A checkpoint would recompute them at the window's end, when the model holds later weights, or
     after E, when it is in training's mode again; a reentrant one does not even reach the weights
     inside it.
     """
-    names = ("CheckpointFunction", "_checkpoint_without_reentrant_generator")
-    recomputing = [getattr(torch_checkpoint, name) for name in names]
-    for name, kept in zip(names, (_Kept, _Kept.generator), strict=True):
-        setattr(torch_checkpoint, name, kept)
-    try:
-        yield
-    finally:
-        for name, original in zip(names, recomputing, strict=True):
-            setattr(torch_checkpoint, name, original)
+    plain = {
+        "CheckpointFunction": _Kept,
+        "_checkpoint_without_reentrant_generator": _Kept.generator,
+    }
+    return _replaced(torch_checkpoint, **plain)
 
 
-@contextmanager
-def _refusing_once_differentiable() -> Iterator[None]:
+def _refusing_once_differentiable() -> AbstractContextManager[None]:
     """Raise where a second derivative would go missing.
 
     Torch leaves a node in its place that raises when it is reached, and it is not reached where
     derivatives are asked for by tensors. It does so where the incoming gradient has a graph: see
     `seed`.
     """
-    functions = torch._C._functions
-    delayed = functions.DelayedError
-    functions.DelayedError = _refuse  # type: ignore[misc,assignment]
-    try:
-        yield
-    finally:
-        functions.DelayedError = delayed  # type: ignore[misc]
+    return _replaced(torch._C._functions, DelayedError=_refuse)
 
 
 def _refuse(*_: Any) -> NoReturn:
     raise _without_second(sys._getframe(1).f_locals.get("ctx"), "is marked `once_differentiable`")
 
 
-@contextmanager
-def _refusing_without_graph() -> Iterator[None]:
+def _refusing_without_graph() -> AbstractContextManager[None]:
     """Raise where a backward that should have a graph made none, as under its own `no_grad`.
 
     What it returns is linear in the gradients that come in, so that it has theirs at least.
@@ -232,11 +232,7 @@ def _refusing_without_graph() -> Iterator[None]:
                     raise _without_second(context, "makes no graph in its backward")
         return found
 
-    functions.apply = checked  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        functions.apply = shared  # type: ignore[method-assign]
+    return _replaced(functions, apply=checked)
 
 
 def _has_graph(gradient: Any) -> bool:
@@ -263,33 +259,23 @@ def _composite_weight_norm() -> Iterator[None]:
     def composite(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
         return v * (g / torch.norm_except_dim(v, 2, dim))
 
-    fused = torch._weight_norm
-    torch._weight_norm = _legacy._weight_norm = composite  # type: ignore[attr-defined]
-    try:
+    with _replaced(torch, _weight_norm=composite), _replaced(_legacy, _weight_norm=composite):
         yield
-    finally:
-        torch._weight_norm = _legacy._weight_norm = fused  # type: ignore[attr-defined]
 
 
-@contextmanager
-def _composite_hard_sigmoid() -> Iterator[None]:
+def _composite_hard_sigmoid() -> AbstractContextManager[None]:
     """min(max(x + 3, 0), 6) / 6 from its parts: torch's kernel has no second derivative."""
-    kernels: Any = torch._C._nn
-    fused, in_place = kernels.hardsigmoid, kernels.hardsigmoid_
 
     def composite(input: Tensor) -> Tensor:
         return nn.functional.relu6(input + 3) / 6
 
-    kernels.hardsigmoid = composite
-    kernels.hardsigmoid_ = lambda input: input.copy_(composite(input))
-    try:
-        yield
-    finally:
-        kernels.hardsigmoid, kernels.hardsigmoid_ = fused, in_place
+    def in_place(input: Tensor) -> Tensor:
+        return input.copy_(composite(input))
+
+    return _replaced(torch._C._nn, hardsigmoid=composite, hardsigmoid_=in_place)
 
 
-@contextmanager
-def _own_statistics() -> Iterator[None]:
+def _own_statistics() -> AbstractContextManager[None]:
     """Use copies of BatchNorm's running statistics where it normalises by them.
 
     A later step in training's mode moves them in place, unseen by torch, and would move the graph.
@@ -310,11 +296,7 @@ def _own_statistics() -> Iterator[None]:
             running_mean, running_var = running_mean.clone(), running_var.clone()
         return shared(input, weight, bias, running_mean, running_var, training, *rest, **named)
 
-    torch.batch_norm = own
-    try:
-        yield
-    finally:
-        torch.batch_norm = shared
+    return _replaced(torch, batch_norm=own)
 
 
 def _is_weight_normalised(module: nn.Module) -> bool:
