@@ -31,8 +31,7 @@ class CharacterTransformer(nn.Module):
         self.embedding = nn.Embedding(classes, width)
         self.position = nn.Parameter(SPREAD * torch.randn(shape[0], width))
         nn.init.normal_(self.embedding.weight, std=SPREAD)
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=True) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        self.stream = stream(width, heads, layers, causal=True)
         self.readout = nn.Linear(width, classes)
 
     def forward(self, characters: Tensor) -> Tensor:
@@ -42,7 +41,7 @@ class CharacterTransformer(nn.Module):
             characters: their numbers, `(n, context)`.
         """
         x = self.embedding(characters) + self.position[: characters.shape[1]]
-        logits: Tensor = self.readout(self.norm(self.blocks(x)))
+        logits: Tensor = self.readout(self.stream(x))
         return logits.transpose(1, 2)
 
 
@@ -79,8 +78,7 @@ class PatchTransformer(nn.Module):
         self.patches = nn.Unfold(patch, stride=patch)
         self.embedding = nn.Linear(channels * patch**2, width)
         self.position = nn.Parameter(SPREAD * torch.randn(count, width))
-        self.blocks = nn.Sequential(*(Block(width, heads, causal=False) for _ in range(layers)))
-        self.norm = nn.LayerNorm(width)
+        self.stream = stream(width, heads, layers, causal=False)
         self.readout = nn.Linear(width, classes)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -90,8 +88,13 @@ class PatchTransformer(nn.Module):
             images: `(n, channels, height, width)`.
         """
         x = self.embedding(self.patches(images).transpose(1, 2)) + self.position
-        logits: Tensor = self.readout(self.norm(self.blocks(x)).mean(1))
+        logits: Tensor = self.readout(self.stream(x).mean(1))
         return logits
+
+
+def stream(width: int, heads: int, layers: int, causal: bool) -> nn.Sequential:
+    """Blocks, and LayerNorm after the last."""
+    return nn.Sequential(*(Block(width, heads, causal) for _ in range(layers)), nn.LayerNorm(width))
 
 
 class Block(nn.Module):

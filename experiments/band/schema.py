@@ -47,14 +47,12 @@ class TransformerConfig:
 
 
 @dataclass
-class PatchTransformerConfig:
+class PatchTransformerConfig(TransformerConfig):
     """A small transformer over the patches of an image."""
 
     _target_: str = "experiments.transformer.PatchTransformer"
     patch: int = 2
     width: int = 48
-    heads: int = 4
-    layers: int = 2
 
 
 @dataclass
