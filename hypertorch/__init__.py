@@ -23,6 +23,7 @@ from .errors import (
     UnsupportedError,
     WindowError,
 )
+from .forgetting import start_weight_decay
 from .functional import hypergradient
 from .hypergradients import (
     Displacement,
@@ -48,7 +49,7 @@ from .hyperparameters import Hyperparameter
 from .optimizer import HyperOptimizer
 from .outer import GatedSign
 from .safeguards import Safeguards
-from .start_up import search_lr, start_weight_decay
+from .trials import search_lr
 from .validation import ValidationLoss
 
 __all__ = [

@@ -7,6 +7,7 @@ import itertools
 import math
 import weakref
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -118,6 +119,45 @@ def probation_by(inner: BatchLosses) -> Probation:
         )
     limit = before + (_HARMED - 1) * abs(before) if before else math.inf  # 0 has no scale
     return Probation(few.mean, limit, _LOOKS_AFTER, cost=len(few.batches) / 3)
+
+
+def trial_by(
+    model: nn.Module, criterion: Criterion, outer_criterion: Criterion, batches: list[Batch]
+) -> tuple[BatchLosses, float]:
+    """Return the losses that judge trials, and E at the initial weights.
+
+    They are E and how far the criterion is above that at first.
+
+    Raises:
+        ArgumentError: the outer criterion does not fit the model's outputs, or is not finite there.
+    """
+
+    def both(z: Tensor, y: Any) -> Tensor:
+        outer = outer_criterion(z, y)
+        check_loss(outer, "The loss of a validation batch", has_graph=False)
+        return torch.stack([criterion(z, y).reshape(()), outer.reshape(())])
+
+    try:
+        with torch.no_grad():
+            inner, outer = BatchLosses(model, both, batches).mean()
+    except ArgumentError as error:
+        raise ArgumentError(
+            f"{error} It is the `outer_criterion`, which judges on validation data, and whose "
+            "default is for classes. For anything else pass the criterion that counts."
+        ) from error
+    if not math.isfinite(outer.item()):
+        raise ArgumentError(
+            f"`outer_criterion` is {outer.item()} on validation data at the initial weights. Look "
+            "for NaN in the data, and for classes with a logit of −∞: the default takes none."
+        )
+    judged = partial(_judged, criterion, outer_criterion, inner)
+    return BatchLosses(model, judged, batches), outer.item()
+
+
+def _judged(
+    criterion: Criterion, outer_criterion: Criterion, at_first: Tensor, z: Tensor, y: Any
+) -> Tensor:
+    return outer_criterion(z, y) + torch.relu(criterion(z, y) - at_first)
 
 
 def first_batches(

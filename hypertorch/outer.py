@@ -30,11 +30,17 @@ class GatedSign(torch.optim.Optimizer):
     says nothing (its hyperparameter had no part in the window) and changes nothing. It works
     element by element, so that a vector of λ has as many gates.
 
+    That a sign is sure does not mean that it matters: scale-invariant layers hardly depend on their
+    weight decay, and what is left of dE/dλ is the bias of its estimate. With `negligible` = ν the
+    standard error is taken to be √((s − m²) / n + ν² E²), so that below ν E there is no step, and
+    the full one from 3 ν E on.
+
     Args:
         params: the raw ρ.
         max_step: κ, in ρ's units: for a positive λ, nats (0.2 is 22 % at most per update). Or one
             for each hyperparameter, in the order in which they are learned.
         decay: γ in [0, 1).
+        negligible: ν ≥ 0, the share of E that a change of ρ by one must be worth.
 
     Attributes:
         takes_sparse: that it does; see the function.
@@ -60,6 +66,7 @@ class GatedSign(torch.optim.Optimizer):
         params: Iterable[Tensor],
         max_step: float | Sequence[float] = 0.2,
         decay: float = 0.8,
+        negligible: float = 0.0,
     ) -> None:
         params = list(params)
         if not isinstance(max_step, (int, float)) and len(max_step) != len(params):
@@ -71,42 +78,50 @@ class GatedSign(torch.optim.Optimizer):
             check_number("`max_step` of GatedSign", step, "a number above 0", lambda n: n > 0)
         expected = "at least 0 and below 1"
         check_number("`decay` of GatedSign", decay, expected, lambda g: 0 <= g < 1)
-        super().__init__(params, {"max_step": max_step, "decay": decay})
+        check_number("`negligible` of GatedSign", negligible, "0 or above", lambda n: n >= 0)
+        chosen = {"max_step": max_step, "decay": decay, "negligible": negligible}
+        super().__init__(params, chosen)
 
     @hooked
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
-        """Move every ρ that has a gradient."""
+        """Move every ρ that has a gradient.
+
+        Args:
+            closure: returns E; without it nothing is negligible.
+        """
+        size = None if closure is None else abs(closure())
         for group in self.param_groups:
-            most, params = group["max_step"], group["params"]
+            most, params, share = group["max_step"], group["params"], group["negligible"]
+            rule = {"decay": group["decay"], "least": share * size if share and closure else None}
             steps = [most] * len(params) if isinstance(most, (int, float)) else most
             together: dict[Any, list[Tensor]] = {}
             for raw, max_step in zip(params, steps, strict=True):
                 if raw.grad is None:
                     continue
                 if raw.numel() >= MANY and raw.device.type == "cpu":
-                    self._move_some_of(raw, raw.grad, max_step, group["decay"])
+                    self._move_some_of(raw, raw.grad, max_step=max_step, **rule)
                 else:
                     together.setdefault((max_step, raw.dtype, raw.device), []).append(raw)
             for (max_step, *_), raws in together.items():
-                self._move(raws, max_step, group["decay"])
+                self._move(raws, max_step=max_step, **rule)
 
-    def _move(self, raws: list[Tensor], max_step: float, decay: float) -> None:
+    def _move(self, raws: list[Tensor], **rule: Any) -> None:
         """Move several ρ as one vector."""
         rows = zip(*[(raw, *self._averages(raw)) for raw in raws], strict=True)
         parts = [tensor for row in rows for tensor in row]
         gradient = _flatten_dense_tensors([raw.grad for raw in raws])
         before = _flatten_dense_tensors(parts).view(4, -1)
-        after = torch.stack(_moved(gradient, *before.unbind(), max_step=max_step, decay=decay))
+        after = torch.stack(_moved(gradient, *before.unbind(), **rule))
         kept = torch.where(gradient != 0, after, before).view(-1)
         torch._foreach_copy_(parts, _unflatten_dense_tensors(kept, parts))
 
-    def _move_some_of(self, raw: Tensor, gradient: Tensor, max_step: float, decay: float) -> None:
+    def _move_some_of(self, raw: Tensor, gradient: Tensor, **rule: Any) -> None:
         """Move the entries of a ρ that have a hypergradient: a batch's, of a weight per example."""
         parts = [raw, *self._averages(raw)]
         where, informative = _informative(gradient)
         before = [part.view(-1)[where] for part in parts]
-        moved = _moved(informative, *before, max_step=max_step, decay=decay)
+        moved = _moved(informative, *before, **rule)
         for part, new in zip(parts, moved, strict=True):
             part.view(-1)[where] = new
 
@@ -167,12 +182,17 @@ def _moved(
     *,
     max_step: float,
     decay: float,
+    least: Tensor | float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ρ, the number of windows, and m and √s, after a hypergradient."""
     seen, mean = seen + 1, mean + (1 - decay) * (gradient - mean)
     # √(γ s + (1−γ) h²) without the square, which a float32 does not hold below 1e-19.
     rms = torch.hypot(decay**0.5 * rms, (1 - decay) ** 0.5 * gradient)
-    t = _t_statistic(mean, rms, 1 - decay**seen, decay)
+    total = 1 - decay**seen
+    t = _t_statistic(mean, rms, total, decay)
+    if least is not None:  # (error / m̂)² is 1 / t² and what there is at the least
+        least = torch.as_tensor(least, dtype=mean.dtype, device=mean.device)
+        t = t.sign() / torch.hypot(1 / t, least * total / mean)
     step = max_step / 2 * torch.nn.functional.softshrink(t, 1.0).clamp(-2, 2)
     return raw - step, seen, mean, rms
 

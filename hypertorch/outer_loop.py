@@ -224,7 +224,7 @@ class OuterLoop:
         for name, h in self.hyperparameters.items():
             gradient = h.pull_back(hypergradients[name])
             h.raw.grad = gradient if takes_sparse(self.rule) else gradient.to_dense()
-        self.rule.step()
+        self.rule.step(lambda: self.outer_loss_value)  # type: ignore[arg-type, return-value]
         for h in self.hyperparameters.values():
             h.raw.grad = None
             h.clamp_()

@@ -7,7 +7,7 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,20 +27,38 @@ class Diverged(Exception):
     """Training went wrong; the message says what was seen. Handled by rolling back."""
 
 
-class Probation(NamedTuple):
+class Probation:
     """Looks at the run in its beginning, where `step` may not be given the loss.
 
-    Attributes:
+    Args:
         loss: of the model as it is.
         limit: what it must not exceed.
         steps: after how many, from the start or from a rollback.
         cost: of a look, in training steps.
     """
 
-    loss: Callable[[], Tensor]
-    limit: float
-    steps: tuple[int, ...]
-    cost: float
+    def __init__(
+        self, loss: Callable[[], Tensor], limit: float, steps: tuple[int, ...], cost: float
+    ) -> None:
+        self.loss, self.limit, self.steps, self.cost = loss, limit, steps, cost
+
+    def look(self, steps: int) -> None:
+        """Raise `Diverged` unless the run, after so many steps, stands its probation."""
+        with torch.no_grad():
+            loss = self.loss().item()
+        if not loss <= self.limit:
+            raise Diverged(
+                f"after {steps} steps a training loss is {loss:.3g}, above the {self.limit:.3g} "
+                "that it may reach"
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the present run may reach."""
+        return {"limit": self.limit}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take that over."""
+        self.limit = state["limit"]
 
 
 class Safeguards:
@@ -180,16 +198,10 @@ class Safeguards:
             return 0.0
         return self.probation.cost
 
-    @torch.no_grad()
     def look(self) -> None:
         """Raise `Diverged` if the run does not stand its probation."""
         assert self.probation is not None
-        loss, limit = self.probation.loss().item(), self.probation.limit
-        if not loss <= limit:
-            raise Diverged(
-                f"after {self._steps} steps a training loss is {loss:.3g}, above the {limit:.3g} "
-                "that it may reach"
-            )
+        self.probation.look(self._steps)
 
     def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
         """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
@@ -260,7 +272,7 @@ class Safeguards:
             "level": self._level,
             "deviation": self._deviation,
             "usual": self._usual,
-            "limit": self.probation.limit if self.probation else None,
+            "probation": self.probation.state_dict() if self.probation else None,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -269,8 +281,8 @@ class Safeguards:
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
         self._usual, self._steps = state["usual"], state["steps"]
-        if self.probation and state["limit"] is not None:
-            self.probation = self.probation._replace(limit=state["limit"])
+        if self.probation and state["probation"] is not None:
+            self.probation.load_state_dict(state["probation"])
         self.forget()
 
 

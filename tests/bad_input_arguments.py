@@ -77,6 +77,7 @@ NUMBERS: list[tuple[Any, str, str, str, tuple[Any, ...]]] = [
     (Descent, "", "max_step", "positive", (0.0, "x")),
     (gated_sign, " of GatedSign", "decay", "at least 0 and below 1", (1.0, -0.1, "x")),
     (gated_sign, " of GatedSign", "max_step", "a number above 0", (0.0, "x")),
+    (gated_sign, " of GatedSign", "negligible", "0 or above", (-0.1, "x")),
 ]
 
 

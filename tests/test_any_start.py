@@ -184,13 +184,13 @@ def test_a_look_at_the_run_leaves_no_trace():
     run(model, optimizer, scheduler, train, 10)
     copied, weights = copy.deepcopy(optimizer), copy.deepcopy(model.state_dict())
     assert copied._loop.safeguards.probation.loss.__self__.model is copied.model
-    guards.probation = guards.probation._replace(steps=(11,), limit=math.inf)
+    guards.probation.steps, guards.probation.limit = (11,), math.inf
     run(model, optimizer, scheduler, train, 1)
     before, modes = torch.get_rng_state(), [m.training for m in model.modules()]
     guards.look()
     assert torch.equal(before, torch.get_rng_state())
     assert modes == [m.training for m in model.modules()]
-    guards.probation = guards.probation._replace(steps=(12,), limit=0.0)
+    guards.probation.steps, guards.probation.limit = (12,), 0.0
     found = optimizer.hyperparameters["lr"]().item()
     run(model, optimizer, scheduler, train, 1)
     assert optimizer.rollbacks == 1 and guards._steps == 0

@@ -31,7 +31,8 @@ RANKS = [
     {"nested_problem", "step_rules"},
     {"optimizer", "bilevel"},
     {"functional"},
-    {"check", "kept_batches", "start_up"},
+    {"check", "forgetting", "kept_batches", "trials"},
+    {"slow_start"},
     {"any_start"},
     {"__init__"},
 ]

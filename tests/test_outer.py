@@ -17,26 +17,27 @@ from hypertorch import (
 )
 
 
-def by_definition(history, max_step, decay):
-    """Return the step that the docstring prescribes after these hypergradients."""
+def by_definition(history, max_step, decay, least=0.0):
+    """Return the step that the docstring prescribes after these hypergradients; least is ν E."""
     history = [h for h in history if h != 0]
     w = [decay ** (len(history) - 1 - i) for i in range(len(history))]
     mean = sum(a * h for a, h in zip(w, history, strict=True)) / sum(w)
     square = sum(a * h * h for a, h in zip(w, history, strict=True)) / sum(w)
     n = sum(w) ** 2 / sum(a * a for a in w)
-    error = math.sqrt(max(square - mean * mean, 0.0) / n)
+    error = math.sqrt(max(square - mean * mean, 0.0) / n + least**2)
     t = math.inf if error == 0 else abs(mean) / error
     return -math.copysign(max_step * min(max((t - 1) / 2, 0.0), 1.0), mean)
 
 
-def moves(histories, max_step=0.2, decay=0.8, dtype=torch.float64):
+def moves(histories, max_step=0.2, decay=0.8, dtype=torch.float64, losses=None, negligible=0.0):
     """Return the steps of GatedSign along histories of hypergradients, one per element of ρ."""
     rho = torch.zeros(len(histories), dtype=dtype, requires_grad=True)
-    rule, steps = GatedSign([rho], max_step=max_step, decay=decay), []
+    rule, steps = GatedSign([rho], max_step, decay, negligible), []
+    losses = iter(losses) if losses else None
     for gradient in zip(*histories, strict=True):
         before = rho.detach().clone()
         rho.grad = torch.tensor(gradient, dtype=dtype)
-        rule.step()
+        rule.step(losses and partial(next, losses))
         steps.append((rho.detach() - before).tolist())
     return steps
 
@@ -50,6 +51,46 @@ def test_the_gated_sign_steps_by_its_definition_element_by_element(decay):
     for i, steps in enumerate(moves(histories, max_step=0.3, decay=decay)):
         expected = [by_definition(history[: i + 1], 0.3, decay) for history in histories]
         assert steps == pytest.approx(expected, rel=1e-6, abs=1e-9)
+
+
+@pytest.mark.parametrize("sign", [1, -1], ids=["E > 0", "E < 0"])
+def test_what_is_a_negligible_share_of_the_outer_loss_moves_nothing(sign):
+    generator = torch.Generator().manual_seed(1)
+    signal = torch.tensor([[0.0], [0.01], [0.04], [-0.5]], dtype=torch.float64)
+    noise = 0.01 * torch.randn(4, 12, dtype=torch.float64, generator=generator)
+    histories = (signal + noise).tolist()
+    losses = [sign * (2.0 + torch.rand((), generator=generator).item()) for _ in range(12)]
+    found = moves(histories, 0.3, 0.5, losses=losses, negligible=0.01)
+    for i, steps in enumerate(found):
+        least = 0.01 * abs(losses[i])
+        expected = [by_definition(h[: i + 1], 0.3, 0.5, least) for h in histories]
+        assert steps == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    size = torch.tensor(found).abs().amax(0)
+    assert size[:2].max() < 0.05 and 0.05 < size[2] < 0.3 and size[3] > 0.299
+
+
+def test_without_the_outer_loss_nothing_is_negligible():
+    history = [[1.0, 2.0, 0.5, -1.5, 3.0, 2.5], [0.0] * 6]
+    assert moves(history, negligible=0.5) == moves(history)
+
+
+def test_a_rule_is_told_the_outer_loss_of_its_window():
+    told = []
+
+    class Told(torch.optim.SGD):
+        def step(self, closure=None):
+            told.append(closure())
+            return super().step(closure)
+
+    model = mlp()
+    bare = built("SGD", model)
+    optimizer = wrapped(bare, model, outer=partial(Told, lr=0.1), window=3, update_every=3)
+    found = []
+    for x, y in batches(9):
+        optimizer.step(mse(model(x), y))
+        found.append(optimizer.outer_loss_value)
+    assert [value.item() for value in told] == [value.item() for value in found[2::3]]
+    assert len({value.item() for value in told}) == 3
 
 
 def test_no_single_step_is_longer_than_its_limit():

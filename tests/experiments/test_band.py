@@ -117,6 +117,15 @@ def test_a_plan_goes_on_where_it_stopped(tmp_path):
     assert not plan.jobs(again.rows)
 
 
+def test_a_transformer_of_which_ten_steps_say_nothing_finds_its_start():
+    """By trials of twenty, which the run of 800 steps has room for, and fewer updates."""
+    config = load_tasks(["tier=full", "task=digits_patches"])["digits_patches"]
+    run = Run(config.name, "", 3, "adamw", "any-start", "linear", 1e-6, 0.1)
+    row = train(Problem(config, 3), run)
+    assert not row.error and row.test_accuracy > 0.85 and row.last_test_accuracy > 0.85
+    assert row.steps == 800 and 1.15 < row.cost_steps / row.steps < 1.25
+
+
 def test_rows_of_other_settings_are_other_rows():
     one, other = load_tasks(DIGITS), load_tasks([*DIGITS, "task.epochs=5"])
     assert fingerprint(one["digits_noisy"]) != fingerprint(other["digits_noisy"])

@@ -1,8 +1,7 @@
-"""Where learning starts: `search_lr` for η, and `start_weight_decay` for λ.
+"""Where η starts: at what a few training steps say.
 
 A hypergradient says which way η should move, not how far; and a window at a far too large η ruins
-the weights before λ can follow. From any starting value, short trials settle η. What a weight decay
-does within a run depends on η and on how often the run comes by each example.
+the weights before λ can follow. From any starting value, short trials settle η.
 """
 
 import math
@@ -14,29 +13,23 @@ import torch
 from torch import Tensor
 
 from .arguments import check_outer_loss, whole
-from .dynamics import dynamics_of, shrinking
-from .errors import ArgumentError, HypertorchWarning, UnsupportedError
+from .errors import ArgumentError, HypertorchWarning
 from .functional import as_it_was, check_wrapped, closures
 from .hypergradients import OuterLoss
-from .hypergradients.linear_system import length
 from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .settings import Setting
-from .state import base_rate, set_gradients
+from .state import set_gradients
 from .surroundings import leaving_no_trace
 from .transition import gradients
 
 #: The share of its loss that the first step of the first trial would take away, about.
 MODEST = 0.01
-#: The share of E that a trial must take away to say something of η.
-TELLING = 0.01
+#: The share of E that a trial must take away to say something of η, and to say it clearly.
+TELLING, CLEAR = 0.01, 0.2
 #: A trial ends where its loss is so many times the largest one of a better trial.
 RUINED = 3.0
-#: Epochs over which a weight is to be an average of its updates.
-TIMESCALE = 10
-#: How many times their initial size Adam's weights may reach against the first λ.
-ROOM = 10
 
 
 def search_lr(
@@ -44,6 +37,7 @@ def search_lr(
     inner_losses: Sequence[Callable[[], Tensor]],
     outer_loss: OuterLoss | None = None,
     *,
+    at_first: int | None = None,
     outer_batches: int = 1,
 ) -> dict[float, float]:
     """Let the learned η start where a few training steps lower the outer loss most.
@@ -60,23 +54,30 @@ def search_lr(
     groups' η move by the same factor. E is taken on one validation batch for all trials, so that a
     large one (some 500 examples) is worth its price.
 
+    Where the best trial takes away less than a fifth of E, its steps were too few to tell η from
+    η: a transformer may have done nothing by then but move its biases. With `at_first` trials begin
+    with so many steps, and are then made again with twice as many, up to K.
+
     Args:
         optimizer: learns `lr`.
-        inner_losses: K closures, one per training step, as in `hypergradient`: about ten.
+        inner_losses: K closures, one per training step, as in `hypergradient`: about ten, or, with
+            `at_first`, up to eighty.
         outer_loss: E of the trials; default: the optimizer's own.
+        at_first: how many of the closures the first trials take; default: all.
         outer_batches: how many batches of training's size E takes, for `optimizer.cost`.
 
     Returns:
-        E by the η tried (of several groups the largest), infinite where the inner loss came to
-        thrice the largest one of another trial. The learned η is now the best of them, or with a
-        warning the first, where none lowers E.
+        E by the η tried (of several groups the largest) with the last number of steps, infinite
+        where the inner loss came to thrice the largest one of another trial. The learned η is now
+        the best of them, or with a warning the first, where none lowers E.
 
     Raises:
-        ArgumentError: `lr` is not learned, or there is no closure.
+        ArgumentError: `lr` is not learned, there is no closure, or `at_first` is no whole number of
+            them.
         ArgumentTypeError: `optimizer` is not wrapped, or something else is no closure.
 
-    Cost: per trial, of which there are about four, K training steps, and a third of a step for
-    each batch of E. It is counted in `optimizer.cost`.
+    Cost: per trial, of which there are about four with each number of steps, these training steps,
+    and a third of a step for each batch of E. It is counted in `optimizer.cost`.
 
     Example:
         >>> import torch
@@ -98,112 +99,23 @@ def search_lr(
     inner = [checked(loss, "An inner loss") for loss in closures(inner_losses)]
     outer_loss = loop.outer_loss if outer_loss is None else outer_loss
     check_outer_loss(outer_loss)
+    lengths = [len(inner) if at_first is None else min(whole("at_first", at_first), len(inner))]
+    while 2 * lengths[-1] <= len(inner):
+        lengths.append(2 * lengths[-1])
     loop.cut()
     outer = checked(outer_loss, "The outer loss", has_graph=False)
     search = _Search(optimizer, lr, inner, outer, outer_batches / 3)
     with one_batch(outer_loss):
-        best = search.run()
+        best = search.run(lengths)
     lr.set(search.ratios * best)
     lr.clamp_()
     loop.settings_were_set(search.cost)
     return {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
 
 
-def start_weight_decay(
-    optimizer: HyperOptimizer, steps: int, steps_per_epoch: int | None = None
-) -> float:
-    """Let the learned λ start where weights forget what they learned ten epochs ago.
-
-    A step shrinks the weights by η̂ λ, with η̂ = η (1 − d) / (1 − μ) for SGD with momentum μ and
-    dampening d, and η̂ = η where the decay is decoupled: they are an average of past updates over
-
-        τ = 1 / (η̂ λ)
-
-    steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs, or at
-    the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
-    within the run, and with one far below nothing else has: from now on λ stays within
-    T / τ = 0.1 … 300; where groups have several η, between the least and the most of their λ.
-
-    A step of Adam is about η at most, so that a decoupled decay holds weights below 1 / λ. There λ
-    starts at 1 / (10 rms(w)) at most, by the group's matrices as they are: a network that learns
-    more slowly than its weights forget would be decayed to nothing.
-
-    Each group has the λ of its own η, so call it after `search_lr`; one λ that they share is that
-    of the first.
-
-    Args:
-        optimizer: learns `weight_decay`.
-        steps: T, of the whole run.
-        steps_per_epoch: `len(train_loader)`; `None` where no example comes twice.
-
-    Returns:
-        λ of the first group.
-
-    Raises:
-        ArgumentError: `weight_decay` is not learned, or one of the numbers is not positive.
-        ArgumentTypeError: `optimizer` is not wrapped.
-        UnsupportedError: the decay passes through a second moment (Adam, RMSprop, Adagrad, …), and
-            shrinks the weights by what cannot be known.
-
-    Example:
-        >>> import torch
-        >>> model = torch.nn.Linear(3, 1)
-        >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5.0)
-        >>> optimizer = HyperOptimizer(sgd, model, lambda: model(torch.ones(1, 3)).sum())
-        >>> lambda_0 = start_weight_decay(optimizer, steps=1000, steps_per_epoch=50)
-        >>> round(lambda_0, 6)  # (1 − 0.9) / (0.1 · 10 · 50)
-        0.002
-
-    References:
-        Wang and Aitchison 2024, for AdamW: τ in epochs, between one and all of the run's.
-    """
-    check_wrapped(optimizer, "outer_loss")
-    decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
-    if not isinstance(decay, Setting) or loop is None:
-        raise ArgumentError("`start_weight_decay` moves a learned `weight_decay`. Name it.")
-    whole("steps", steps)
-    if steps_per_epoch is not None and not steps_per_epoch > 0:
-        raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
-    loop.cut()
-    weakest, strongest = 0.1, 300.0  # T / τ
-    ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
-    epochs = steps / (steps_per_epoch or steps)
-    start = min(max(epochs / TIMESCALE, 1.0), strongest)
-    own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
-    decay.bound((weakest * min(own), strongest * max(own)))
-    found = [min(one * start, most) for one, most in zip(ones, _most(optimizer), strict=True)]
-    decay.start_at(found)
-    loop.settings_were_set()
-    return found[decay.learned_in.index(True)]
-
-
-def _most(optimizer: HyperOptimizer) -> list[float]:
-    """Return for each group the λ that leaves weights `ROOM` times their present size."""
-    found = list[float]()
-    for group in optimizer.param_groups:
-        matrices = [p.detach() for p in group["params"] if p.dim() > 1]
-        size = length(matrices) if group.get("decoupled_weight_decay") else 0.0
-        entries = sum(p.numel() for p in matrices)
-        found.append(math.sqrt(entries) / (ROOM * size) if size else math.inf)
-    return found
-
-
-def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
-    """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
-    groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
-    rates = [float(base_rate(group)) for group in groups]
-    if isinstance(lr, Setting):
-        rates = lr.group_means().tolist()
-    found = [shrinking(dynamics_of(optimizer.optimizer), group) for group in groups]
-    factors = [factor for factor in found if factor is not None]
-    if len(factors) < len(groups):
-        raise UnsupportedError(
-            "`start_weight_decay` cannot tell what the decay of "
-            f"{type(optimizer.optimizer).__name__} does to a weight: it passes through the second "
-            "moment. Use AdamW, or SGD."
-        )
-    rates = [rate if rate > 1e-6 * max(rates) else max(rates) for rate in rates]  # at η = 0 all do
-    return [rate * factor for rate, factor in zip(rates, factors, strict=True)]
+def fallen(before: float, after: float) -> float:
+    """Return by what share of it E has fallen."""
+    return (before - after) / abs(before) if before else 0.0
 
 
 class _Search:
@@ -222,15 +134,34 @@ class _Search:
         present = lr.value.detach()
         self.start = present.max().item()
         self.ratios = present / present.max()
+        self.first, self.length, self.cost = self.start, len(inner), 0.0
         self.found: dict[int, float] = {}  # E, by half decades from the first η
-        self.first = self.start
         self.usual = math.inf  # the largest loss of the trial where that was least
-        self.cost = 0.0
 
-    def run(self) -> float:
-        """Return the best η."""
+    def run(self, lengths: Sequence[int]) -> float:
+        """Return the best η, by trials of the first of these lengths that tells one from others."""
         before = self._outer_loss()
         self.first = self._modest()
+        for self.length in lengths:
+            self.found, self.usual = {}, math.inf
+            best = self._best(before)
+            share = fallen(before, self.found[best])
+            if share >= CLEAR:
+                break
+        if share >= TELLING:
+            return self.rate(best)
+        rate = self.rate(best) if share > 0 else self.first
+        warnings.warn(
+            f"{self.length} training steps lower the outer loss by {max(0.0, share):.1%} at "
+            f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
+            "for an η with more steps or validation data.",
+            HypertorchWarning,
+            stacklevel=3,
+        )
+        return rate
+
+    def _best(self, before: float) -> int:
+        """Return the η after which E is least, going up or down from the first one."""
         rounding, best = 1e-5 * abs(before), 0  # a tiny η changes E by less
         if self._trial(0) <= before + rounding:
             while self._is_allowed(best + 2) and (
@@ -244,19 +175,7 @@ class _Search:
             best -= 2
         lower, higher = (self.found.get(side, math.inf) for side in (best - 2, best + 2))
         self._trial(best - 1 if lower < higher else best + 1)
-        best = min(self.found, key=lambda tried: self.found[tried])
-        share = (before - self.found[best]) / abs(before) if before else 0.0
-        if share >= TELLING:
-            return self.rate(best)
-        rate = self.rate(best) if share > 0 else self.first
-        warnings.warn(
-            f"{len(self.inner)} training steps lower the outer loss by {max(0.0, share):.1%} at "
-            f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
-            "for an η with more steps or validation data.",
-            HypertorchWarning,
-            stacklevel=3,
-        )
-        return rate
+        return min(self.found, key=lambda tried: self.found[tried])
 
     def rate(self, half_decades: int) -> float:
         """Return the η so far above the first."""
@@ -288,7 +207,8 @@ class _Search:
         if not self._is_allowed(half_decades):
             return math.inf
         if half_decades not in self.found:
-            with self._trained(self.rate(half_decades), self.inner) as losses:
+            steps = self.inner[: self.length]
+            with self._trained(self.rate(half_decades), steps) as losses:
                 largest = max(map(abs, losses))
                 self.usual = min(self.usual, largest)
                 is_ruined = not math.isfinite(largest)
