@@ -549,7 +549,7 @@ CHECKPOINTS = [
         changed(),
         "The checkpoint's outer rule has the settings amsgrad, betas, capturable, "
         "decoupled_weight_decay, differentiable, eps, foreach, fused, lr, maximize, weight_decay, "
-        "and this one decay, max_step. Pass the same `outer`.",
+        "and this one decay, max_step, negligible. Pass the same `outer`.",
         beside(outer=partial(torch.optim.Adam, lr=0.05)),
     ),
     rejected(
