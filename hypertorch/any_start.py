@@ -36,7 +36,7 @@ from .param_groups import restore_groups
 from .slow_start import SlowStart
 from .state import base_rate
 from .surroundings import leaving_no_trace
-from .trials import CLEAR, fallen, search_lr
+from .trials import CLEAR, fallen, searched
 from .validation import Batch, ValidationLoss, check_criterion, check_loader, length_of
 
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
@@ -156,15 +156,15 @@ def from_any_start(
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
-    probation = probation_by(inner)
-    cost = probation.cost + len(judges) / 3
-    chosen = {"outer": _rule(optimizer)} | _learned(options)
+    cost, chosen = 0.0, {"outer": _rule(optimizer)} | _learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
     trial, before = trial_by(model, criterion, outer_criterion, judges)
+    probation = probation_by(inner, trial, before)
+    cost += probation.cost
     with _groups_kept_on_error(optimizer):
         with _zero_allowed(optimizer):
             wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
@@ -173,11 +173,12 @@ def from_any_start(
         if loop is None:
             raise ArgumentError("`from_any_start` learns. Leave `outer=None` to `HyperOptimizer`.")
         loop.overhead += cost
-        found = _search(wrapped, inner, trial, steps)
+        found, length = _search(wrapped, inner, trial, steps)
         span = steps, length_of(train_loader)
         start_weight_decay(wrapped, *span)
+        probation.promise = 2 * length, found
         if fallen(before, found) < CLEAR:
-            probation = SlowStart(probation, trial, before, span)
+            probation = SlowStart(probation, inner, trial, span)
         loop.safeguards.probation = probation
     is_free = not {"engine", "update_every"} & set(options)
     spent = wrapped.cost + len(probation.steps) * probation.cost
@@ -193,17 +194,23 @@ def from_any_start(
     return wrapped
 
 
-def _search(wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses, steps: int) -> float:
-    """Let η be what trials find, without a decay, and stay near it; return the best one's E."""
+def _search(
+    wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses, steps: int
+) -> tuple[float, int]:
+    """Let η be what trials find, without a decay, and stay near it.
+
+    Returns:
+        E of the best trial, and its steps.
+    """
     lr, decay = (wrapped.hyperparameters[name] for name in ("lr", "weight_decay"))
     lr.bound(RATES)
     closures = [partial(inner.of, k) for k in range(_longest_trial(steps))]
     judges = len(trial.batches)
     with decay.at(torch.full_like(decay.value.detach(), NO_DECAY)):
-        tried = search_lr(wrapped, closures, trial.mean, at_first=TRIAL_STEPS, outer_batches=judges)
+        tried, length = searched(wrapped, closures, trial.mean, TRIAL_STEPS, judges)
     found = lr().flatten().tolist()
     lr.bound((AROUND[0] * min(found), AROUND[1] * max(found)))
-    return min(tried.values())
+    return min(tried.values()), length
 
 
 def _longest_trial(steps: int) -> int:

@@ -37,6 +37,14 @@ class DivergenceError(HypertorchError, ArithmeticError):
     """Training diverged again and again, although it was rolled back each time."""
 
 
+class Diverged(Exception):
+    """Training went wrong, as the message says. It never reaches a caller: it is rolled back."""
+
+
+class Relapsed(Diverged):
+    """The weights are hardly better than untrained ones; those of the last window may be so too."""
+
+
 class SolverError(HypertorchError, ArithmeticError):
     """A linear system or a nested problem that a solver cannot solve as it stands."""
 

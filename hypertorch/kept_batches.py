@@ -18,15 +18,15 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from .arguments import check_loss
 from .errors import ArgumentError
 from .optimizer import HyperOptimizer
-from .safeguards import Probation
+from .probation import Probation
 from .surroundings import leaving_no_trace
 from .validation import Batch, generators_of, placed, with_own_iterator
 
 Criterion = Callable[[Tensor, Any], Tensor]
 
-#: Steps after which a run is looked at, the batches for that, and by what factor their loss may
-#: then be above that of no training: a trial's ten steps do not tell every η that is too large.
-_LOOKS_AFTER, _LOOKS_AT, _HARMED = (20, 40, 90), 3, 1.2
+#: Steps after which a run is looked at, and the batches for that: a trial's ten steps do not tell
+#: every η that is too large.
+_LOOKS_AFTER, _LOOKS_AT = (20, 40, 90), 3
 
 
 class BatchLosses:
@@ -102,8 +102,8 @@ class BatchLosses:
 
 
 @torch.no_grad()
-def probation_by(inner: BatchLosses) -> Probation:
-    """Return what the first steps must lead to: a training loss not far above that of none.
+def probation_by(inner: BatchLosses, outer: BatchLosses, before_outer: float) -> Probation:
+    """Return what looks at a run by both losses; at the initial weights E is `before_outer`.
 
     Raises:
         ArgumentError, ArgumentTypeError: the loss at the initial weights is no finite number.
@@ -117,8 +117,8 @@ def probation_by(inner: BatchLosses) -> Probation:
             f"The loss of the first training batches is {before} at the initial weights. Look for "
             "NaN in the training data, and in the weights."
         )
-    limit = before + (_HARMED - 1) * abs(before) if before else math.inf  # 0 has no scale
-    return Probation(few.mean, limit, _LOOKS_AFTER, cost=len(few.batches) / 3)
+    cost = (len(few.batches) + len(outer.batches)) / 3
+    return Probation((few.mean, outer.mean), (before, before_outer), _LOOKS_AFTER, cost)
 
 
 def trial_by(

@@ -15,7 +15,7 @@ from . import arguments
 from .checkpoint import check_checkpoint
 from .dynamics import check_options, dynamics_of
 from .entries import dense
-from .errors import HypertorchWarning
+from .errors import Diverged, HypertorchWarning
 from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
 from .inner_loss import LEFT_OUT, InnerLoss, missing_loss
@@ -24,7 +24,7 @@ from .monitor import Monitor, choices
 from .outer import GatedSign, OuterFactory
 from .outer_loop import OuterLoop
 from .param_groups import LearnedGroups, load_optimizer
-from .safeguards import Diverged, Safeguards
+from .safeguards import Safeguards
 from .slots import Slots
 from .state import set_gradients
 from .transition import Gradients

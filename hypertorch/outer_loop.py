@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from .arguments import place
 from .double_backward import TwiceDifferentiable
-from .errors import HypertorchWarning
+from .errors import Diverged, HypertorchWarning
 from .gradient_hooks import refuse_gradient_hooks
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter
 from .inner_loss import WRITTEN_TO, checked_outer, guarded
 from .outer import OuterFactory, new_rule, takes_sparse
 from .param_groups import LearnedGroups
-from .safeguards import Diverged, Safeguards
+from .safeguards import Safeguards
 from .settings import Setting
 from .slots import Slots
 from .state import State, params_of, set_gradients, versions
@@ -206,7 +206,9 @@ class OuterLoop:
                 checked = checked_outer(self.outer_loss, self.engine, self.model)
                 outer_loss, hypergradients = self._open[0].hypergradient(checked)
             self.safeguards.settle()
-            self.safeguards.judge_update(outer_loss, hypergradients)
+            if cost := self.safeguards.judge_update(outer_loss, hypergradients):
+                self.overhead += cost
+                self.safeguards.check()
         except Diverged:
             raise
         except BaseException:
@@ -280,6 +282,13 @@ class OuterLoop:
         self.overhead += cost
         self.cut()
         self._carried = None
+
+    def settings_moved(self) -> None:
+        """Learn on from what the settings hold; the state to roll back to stays what it was."""
+        self.groups.publish()
+        self.rule, self._carried = self._new_rule(), None
+        self.close()
+        self.get_ready()
 
     def take_up(self, update_every: int) -> None:
         """Go on with the plain steps of such a period; the next window opens after them."""

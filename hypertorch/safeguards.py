@@ -6,59 +6,29 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 
 import math
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from .constraints import to_raw
-from .errors import DivergenceError, HypertorchWarning, check_count, check_number
+from .errors import (
+    Diverged,
+    DivergenceError,
+    HypertorchWarning,
+    Relapsed,
+    check_count,
+    check_number,
+)
 from .hyperparameters import Hyperparameter
+from .probation import Probation
 from .snapshot import Snapshot
 from .state import State
 from .surroundings import ModuleBuffers
 
-#: s and the module buffers at one moment, and ρ by name.
-_Remembered = tuple[Snapshot, dict[str, Tensor]]
-
-
-class Diverged(Exception):
-    """Training went wrong; the message says what was seen. Handled by rolling back."""
-
-
-class Probation:
-    """Looks at the run in its beginning, where `step` may not be given the loss.
-
-    Args:
-        loss: of the model as it is.
-        limit: what it must not exceed.
-        steps: after how many, from the start or from a rollback.
-        cost: of a look, in training steps.
-    """
-
-    def __init__(
-        self, loss: Callable[[], Tensor], limit: float, steps: tuple[int, ...], cost: float
-    ) -> None:
-        self.loss, self.limit, self.steps, self.cost = loss, limit, steps, cost
-
-    def look(self, steps: int) -> None:
-        """Raise `Diverged` unless the run, after so many steps, stands its probation."""
-        with torch.no_grad():
-            loss = self.loss().item()
-        if not loss <= self.limit:
-            raise Diverged(
-                f"after {steps} steps a training loss is {loss:.3g}, above the {self.limit:.3g} "
-                "that it may reach"
-            )
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return what the present run may reach."""
-        return {"limit": self.limit}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take that over."""
-        self.limit = state["limit"]
+#: s and the module buffers at one moment, ρ by name, and what the probation had seen.
+_Remembered = tuple[Snapshot, dict[str, Tensor], dict[str, Any]]
 
 
 class Safeguards:
@@ -78,7 +48,8 @@ class Safeguards:
 
     Attributes:
         rollbacks: how many there were.
-        probation: what the first steps must lead to, if anything.
+        probation: what the run must not fail to learn, nor lose again, if anything. A relapse
+            returns to the state with the least E at an update.
 
     Raises:
         ArgumentError: `explosion` is not above 0, `backoff` not above 1, or `patience` no whole
@@ -103,6 +74,7 @@ class Safeguards:
         self._pending: list[tuple[Tensor, bool]] = []
         self._good: _Remembered | None = None
         self._candidate: _Remembered | None = None
+        self._best: _Remembered | None = None  # for a relapse; kept under probation alone
 
     @property
     def has_snapshot(self) -> bool:
@@ -129,14 +101,19 @@ class Safeguards:
             norms = torch._foreach_norm(snapshot.state.params)
             if not all(map(math.isfinite, torch.stack([n.to(norms[0]) for n in norms]).tolist())):
                 raise Diverged("a weight is not finite")
-        self._candidate = snapshot, _raws(hyperparameters)
+        seen = self.probation.state_dict() if self.probation else {}
+        self._candidate = snapshot, _raws(hyperparameters), seen
         self._good = self._good or self._candidate
+        if self.probation:
+            self._best = self._best or self._candidate
         return snapshot.state
 
     def forget(self) -> None:
         """Drop the state to return to, and what was seen since; the next step remembers its own."""
-        self._good = self._candidate = None
+        self._good = self._candidate = self._best = None
         self._pending.clear()
+        if self.probation:
+            self.probation.forget()
 
     def watch(self, loss: Tensor | None, grads: Sequence[Tensor | None]) -> None:
         """Raise `Diverged` if this step must not be made (on an accelerator: must be undone).
@@ -199,12 +176,21 @@ class Safeguards:
         return self.probation.cost
 
     def look(self) -> None:
-        """Raise `Diverged` if the run does not stand its probation."""
+        """Raise `Relapsed` if the run, at a look that is due, does not stand its probation."""
         assert self.probation is not None
         self.probation.look(self._steps)
 
-    def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> None:
-        """Raise `Diverged` unless the outer loss and every hypergradient are usable numbers."""
+    def check(self) -> None:
+        """Raise `Relapsed` if the run, at an update that asks for a look, does not stand it."""
+        assert self.probation is not None
+        self.probation.check(self._steps)
+
+    def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> float:
+        """Return what a look will cost, 0 if the outer loss asks for none.
+
+        Raises:
+            Diverged: the outer loss or a hypergradient is no usable number.
+        """
         known = [h.values() if h.is_sparse else h for h in hypergradients.values()]
         largest = torch._foreach_norm(known, math.inf)
         loss, *sizes = torch.stack([outer_loss.to(largest[0]), *largest]).tolist()
@@ -214,6 +200,12 @@ class Safeguards:
             if not size < 1e15:
                 raise Diverged(f"the hypergradient of `{name}` reaches {size:.3g}")
         self._in_a_row = 0
+        if self.probation is None:
+            return 0.0
+        is_least, is_due = self.probation.hear(loss)
+        if is_least:
+            self._best = self._good
+        return self.probation.cost if is_due else 0.0
 
     def roll_back(
         self,
@@ -221,19 +213,27 @@ class Safeguards:
         optimizer: torch.optim.Optimizer,
         hyperparameters: Mapping[str, Hyperparameter],
     ) -> None:
-        """Return weights, buffers and λ to the remembered state and divide η.
+        """Return weights, buffers and λ to the remembered state, or the best, and divide η.
+
+        After a relapse the present η is divided, with which that was.
 
         Raises:
             DivergenceError: this was the last of `patience` rollbacks in a row.
         """
-        assert self._good is not None  # every learning step remembers one first
-        snapshot, raws = self._good
+        remembered = self._best if isinstance(reason, Relapsed) else self._good
+        assert remembered is not None  # every learning step remembers one first
+        snapshot, raws, seen = remembered
         snapshot.restore(optimizer)
+        if self.probation:
+            self.probation.load_state_dict(seen)
+            self.probation.forget()
         self._pending.clear()
         self._candidate = None
         self.rollbacks += 1
         self._in_a_row += 1
         self._is_back, self._steps = True, 0
+        if isinstance(reason, Relapsed) and "lr" in hyperparameters:
+            raws = {**raws, "lr": hyperparameters["lr"].raw.detach().clone()}
         for name, h in hyperparameters.items():
             h.put(raws[name])
         if self._in_a_row >= self.patience:
@@ -248,7 +248,9 @@ class Safeguards:
         if "lr" in hyperparameters:
             lr = hyperparameters["lr"]
             lr.put(to_raw(lr.value.detach() / self.backoff, lr.constraint))
-        self._good = snapshot, _raws(hyperparameters)
+        self._good = snapshot, _raws(hyperparameters), seen
+        if self._best is remembered:
+            self._best = self._good
 
     def _warn(self, reason: Diverged) -> None:
         """Say once that training is rolled back again and again, though it goes well in between."""

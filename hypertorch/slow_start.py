@@ -9,17 +9,22 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .errors import Relapsed
 from .forgetting import start_weight_decay
 from .kept_batches import BatchLosses
 from .optimizer import HyperOptimizer
-from .safeguards import Probation
+from .outer_loop import OuterLoop
+from .probation import Probation
 from .settings import Setting
-from .trials import CLEAR, TELLING, fallen
+from .state import params_of
+from .surroundings import leaving_no_trace
+from .transition import gradients
+from .trials import CLEAR, HARMLESS, TELLING, are_reached, fallen, matrix_norms
 
-#: From which step on a look that finds no change makes η grow, and by what factor; and from which
-#: on a hundredth of E is enough for λ to start.
-TRUST, GROWTH, PATIENCE = 40, 3.0, 90
+#: What η grows by, and from which step on: where E has not fallen by then, it hardly will.
+GROWTH, PATIENCE = 3.0, 90
 
 
 class SlowStart(Probation):
@@ -28,51 +33,72 @@ class SlowStart(Probation):
     λ is meanwhile the least that it may be. A look after 20, 40, 90, 180, 360, … steps finds that E
 
         has fallen by a fifth, from 90 on by a hundredth:    λ starts (`start_weight_decay`);
-        is where it was, to a hundredth, from 40 on:         η ← 3 η;
-        has risen by more, from 40 on:                       η ← η / 3.
+        has not fallen by a hundredth, from 90 on:           η ← 3 η;
+        has risen by a twentieth, from 90 on:                η ← η / 3.
+
+    A loss that does not fall may also be one that no longer can: units have died, and no gradient
+    reaches the weights before them. Where a matrix has less than a hundredth of its first gradient,
+    the run goes back, and on with η / 9; a third of that η is the most from now on.
 
     Args:
-        probation: of the first steps; it does not count what is looked at besides the loss.
-        trial: E, on the examples that judge trials. Its optimizer learns η and λ.
-        before: E at the initial weights.
+        probation: of the first steps.
+        inner: of training, whose gradient shows that.
+        trial: E; its optimizer learns η and λ.
         run: T and the steps of an epoch, as for `start_weight_decay`, which was called.
     """
 
     def __init__(
         self,
         probation: Probation,
+        inner: BatchLosses,
         trial: BatchLosses,
-        before: float,
         run: tuple[int, int | None],
     ) -> None:
         looks = list(probation.steps)
         while 4 * looks[-1] <= run[0]:
             looks.append(2 * looks[-1])
-        cost = probation.cost + len(trial.batches) / 3
-        super().__init__(probation.loss, probation.limit, tuple(looks), cost)
-        self._trial, self._before, self._run = trial, before, run
+        super().__init__(probation.losses, probation.before, tuple(looks), probation.cost)
+        self._inner, self._trial, self._run = inner, trial, run
+        self._norms_at_first = self._norms()
         self._is_waiting = True
         optimizer, decay = self._learning("weight_decay")
         assert decay.bounds is not None
         decay.start_at([decay.bounds[0]] * len(optimizer.param_groups))
-        _publish(optimizer)
+        self._loop().settings_were_set(cost=1.0)
 
     def look(self, steps: int) -> None:
-        """Raise `Diverged` unless the loss stands the probation; let λ start, or η grow."""
-        super().look(steps)
-        if not self._is_waiting:
-            return
-        with torch.no_grad():
-            loss = self._trial.mean().item()
-        share = fallen(self._before, loss)
-        optimizer, lr = self._learning("lr")
-        if share >= (CLEAR if steps < PATIENCE else TELLING):
+        """Let λ start, or η move; raise `Relapsed` as every probation does, or where units died."""
+        share = fallen(self.before[1], self.check(steps))
+        if share < TELLING and steps >= PATIENCE:
+            self._check_gradient(steps)
+            if self._is_waiting:
+                self._move(GROWTH if share > -HARMLESS else 1 / GROWTH)
+        elif self._is_waiting and share >= (CLEAR if steps < PATIENCE else TELLING):
             self._is_waiting = False
-            start_weight_decay(optimizer, *self._run)
-        elif share < TELLING and steps >= TRUST:
-            lr.set((GROWTH if share > -TELLING else 1 / GROWTH) * lr.value.detach())
-            lr.clamp_()
-            _publish(optimizer)
+            start_weight_decay(self._learning("lr")[0], *self._run)
+
+    def _check_gradient(self, steps: int) -> None:
+        """Raise `Relapsed` if the weights can no longer be trained."""
+        loop, lr = self._loop(), self._learning("lr")[1]
+        assert lr.bounds is not None
+        loop.close()
+        loop.overhead += 1
+        if not are_reached(self._norms(), self._norms_at_first):
+            least, most = lr.bounds[0], lr.value.max().item() / GROWTH
+            lr.bound((least, max(least, most)))  # to which η falls at once; a rollback divides it
+            raise Relapsed(f"after {steps} steps hardly any gradient reaches some of the weights")
+
+    def _move(self, factor: float) -> None:
+        lr = self._learning("lr")[1]
+        lr.set(factor * lr.value.detach())
+        lr.clamp_()
+        self._loop().settings_moved()
+
+    def _norms(self) -> Tensor:
+        """Return the norms of the first batch's gradient."""
+        with leaving_no_trace(self._inner.model), torch.enable_grad():
+            found = gradients(self._inner.of(0), params_of(self._learning("lr")[0]))
+        return matrix_norms(found)
 
     def _learning(self, name: str) -> tuple[HyperOptimizer, Setting]:
         optimizer = self._trial.optimizer
@@ -81,17 +107,22 @@ class SlowStart(Probation):
         assert isinstance(setting, Setting)
         return optimizer, setting
 
+    def _loop(self) -> OuterLoop:
+        loop = self._learning("lr")[0]._loop
+        assert loop is not None
+        return loop
+
     def state_dict(self) -> dict[str, Any]:
-        """Return what the present run may reach, and whether it still has to begin."""
-        return {**super().state_dict(), "is_waiting": self._is_waiting, "before": self._before}
+        """Return what the probation has seen, and whether the run still has to begin."""
+        return {
+            **super().state_dict(),
+            "is_waiting": self._is_waiting,
+            "norms_at_first": self._norms_at_first.clone(),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take that over; a run that did not wait has begun."""
         super().load_state_dict(state)
         self._is_waiting = state.get("is_waiting", False)
-        self._before = state.get("before", self._before)
-
-
-def _publish(optimizer: HyperOptimizer) -> None:
-    assert optimizer._loop is not None
-    optimizer._loop.settings_were_set()
+        norms = state.get("norms_at_first", self._norms_at_first)
+        self._norms_at_first = norms.clone().to(self._norms_at_first)

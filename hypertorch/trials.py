@@ -6,7 +6,7 @@ the weights before λ can follow. From any starting value, short trials settle �
 
 import math
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -30,6 +30,9 @@ MODEST = 0.01
 TELLING, CLEAR = 0.01, 0.2
 #: A trial ends where its loss is so many times the largest one of a better trial.
 RUINED = 3.0
+#: Where no trial says anything: by what share E may rise in one that does no harm, and the share of
+#: its first gradient that each matrix must keep.
+HARMLESS, REACHED = 0.05, 0.01
 
 
 def search_lr(
@@ -92,6 +95,18 @@ def search_lr(
         >>> 0.01 < optimizer.hyperparameters["lr"]().item() < 1.0
         True
     """
+    found, _ = searched(optimizer, inner_losses, outer_loss, at_first, outer_batches)
+    return found
+
+
+def searched(
+    optimizer: HyperOptimizer,
+    inner_losses: Sequence[Callable[[], Tensor]],
+    outer_loss: OuterLoss | None,
+    at_first: int | None,
+    outer_batches: int,
+) -> tuple[dict[float, float], int]:
+    """Do what `search_lr` does; return what it returns, and the steps of the last trials."""
     check_wrapped(optimizer, "outer_loss")
     lr, loop = optimizer.hyperparameters.get("lr"), optimizer._loop
     if not isinstance(lr, Setting) or loop is None:
@@ -110,12 +125,25 @@ def search_lr(
     lr.set(search.ratios * best)
     lr.clamp_()
     loop.settings_were_set(search.cost)
-    return {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
+    found = {search.rate(tried): loss for tried, loss in sorted(search.found.items())}
+    return found, search.length
 
 
 def fallen(before: float, after: float) -> float:
     """Return by what share of it E has fallen."""
     return (before - after) / abs(before) if before else 0.0
+
+
+def matrix_norms(grads: Iterable[Tensor | None]) -> Tensor:
+    """Return the norm of the gradient in each matrix that has one."""
+    found = [g for g in grads if g is not None and g.dim() > 1 and not g.is_sparse]
+    norms = torch._foreach_norm(found) if found else [torch.zeros(())]
+    return torch.stack([norm.to(norms[0]) for norm in norms])
+
+
+def are_reached(norms: Tensor, first: Tensor) -> bool:
+    """Return whether a gradient reaches every matrix, by its norms now and at first."""
+    return bool((norms >= REACHED * first).all())
 
 
 class _Search:
@@ -135,7 +163,9 @@ class _Search:
         self.start = present.max().item()
         self.ratios = present / present.max()
         self.first, self.length, self.cost = self.start, len(inner), 0.0
+        self.gradient = torch.zeros(())  # of every matrix the norm, in the first step
         self.found: dict[int, float] = {}  # E, by half decades from the first η
+        self.is_reached: dict[int, bool] = {}  # whether a gradient still reaches every matrix
         self.usual = math.inf  # the largest loss of the trial where that was least
 
     def run(self, lengths: Sequence[int]) -> float:
@@ -150,13 +180,13 @@ class _Search:
                 break
         if share >= TELLING:
             return self.rate(best)
-        rate = self.rate(best) if share > 0 else self.first
+        rate = self.rate(self._boldest(before))
         warnings.warn(
             f"{self.length} training steps lower the outer loss by {max(0.0, share):.1%} at "
             f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
             "for an η with more steps or validation data.",
             HypertorchWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
         return rate
 
@@ -177,6 +207,21 @@ class _Search:
         self._trial(best - 1 if lower < higher else best + 1)
         return min(self.found, key=lambda tried: self.found[tried])
 
+    def _boldest(self, before: float) -> int:
+        """Return a decade below the largest η that leaves E, and the gradient, as they are.
+
+        On a plateau no few steps lower E, and one that is too large leaves it too: units die.
+        """
+
+        def is_harmless(tried: int) -> bool:
+            is_usual = self._trial(tried) <= before + HARMLESS * abs(before)
+            return is_usual and self.is_reached[tried]
+
+        largest = min(self.found)
+        while is_harmless(largest + 2):
+            largest += 2
+        return largest + is_harmless(largest + 1) - 1
+
     def rate(self, half_decades: int) -> float:
         """Return the η so far above the first."""
         return self.first * 10 ** (half_decades / 2)
@@ -186,6 +231,7 @@ class _Search:
         params = self.optimizer._params()
         before = [p.detach().clone() for p in params]
         with self._trained(1.0, self.inner[:1]) as (loss,):
+            self.gradient = matrix_norms(p.grad for p in params)
             moved = torch._foreach_sub(before, [p.detach() for p in params])
             pairs = [(p.grad, d) for p, d in zip(params, moved, strict=True) if p.grad is not None]
             gain = sum((g * d).sum(dtype=torch.float64).item() for g, d in pairs)
@@ -207,12 +253,14 @@ class _Search:
         if not self._is_allowed(half_decades):
             return math.inf
         if half_decades not in self.found:
-            steps = self.inner[: self.length]
+            steps, params = self.inner[: self.length], self.optimizer._params()
             with self._trained(self.rate(half_decades), steps) as losses:
                 largest = max(map(abs, losses))
                 self.usual = min(self.usual, largest)
                 is_ruined = not math.isfinite(largest)
                 self.found[half_decades] = math.inf if is_ruined else self._outer_loss()
+                norms = matrix_norms(p.grad for p in params)
+                self.is_reached[half_decades] = are_reached(norms, self.gradient)
         return self.found[half_decades]
 
     @contextmanager
