@@ -82,8 +82,11 @@ def from_any_start(
     period: in its first steps a run says little of where it will rest.
 
     A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow
-    up after twenty steps. After 20, 40 and 90 steps the run is looked at. If the loss of three
-    training batches is by then a fifth above that of no training, it starts again with η / 3.
+    up after twenty steps, or units die. After 20, 40 and 90 steps the run is looked at. If the loss
+    of three training batches is by then a fifth above that of no training, or half of what E had
+    gained, in trials or since, is lost and training has gained nothing either, it starts again with
+    η / 3. So does later a run whose E at an update has lost half of its gain, from the window with
+    the least E.
 
     Where the best trial takes away less than a fifth of E, ten steps were too few to tell η from η,
     as with transformers. In runs of 800 steps or more there are then trials of 20, from 2 400 on of
@@ -124,11 +127,12 @@ def from_any_start(
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
             an operation of the loss has no second derivative.
 
-    Cost: about four trials of ten steps and four looks of one, once; from then on, for every 100
+    Cost: about four trials of ten steps and four looks of two, once; from then on, for every 100
     steps or more, a gradient of E, one of the loss and four Hessian-vector products: 10 training
     steps. Together 15 % of a run of 700 steps or more, and up to 18 % of one of 500, by the size of
     validation batches; of a shorter one more, for two updates from 180 steps on. Where ten steps
-    say little, up to 24 % of a run of 800, and 15 % from 1 300 on, with fewer updates.
+    say little, up to 24 % of a run of 800, and 15 % from 1 300 on, with fewer updates; where none
+    say anything, up to a third of 800, and more where the run goes back.
 
     Example:
         >>> _ = torch.manual_seed(0)

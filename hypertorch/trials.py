@@ -30,9 +30,9 @@ MODEST = 0.01
 TELLING, CLEAR = 0.01, 0.2
 #: A trial ends where its loss is so many times the largest one of a better trial.
 RUINED = 3.0
-#: Where no trial says anything: by what share E may rise in one that does no harm, and the share of
-#: its first gradient that each matrix must keep.
-HARMLESS, REACHED = 0.05, 0.01
+#: Where no trial says anything: by what share E may rise in one that does no harm, the share of its
+#: first gradient that each matrix must keep, and how far above the first η to go, by half decades.
+HARMLESS, REACHED, HIGHEST = 0.05, 0.01, 8
 
 
 def search_lr(
@@ -59,7 +59,10 @@ def search_lr(
 
     Where the best trial takes away less than a fifth of E, its steps were too few to tell η from
     η: a transformer may have done nothing by then but move its biases. With `at_first` trials begin
-    with so many steps, and are then made again with twice as many, up to K.
+    with so many steps, and are then made again with twice as many, up to K. Where it takes away
+    less than a hundredth even then, as on the plateau of a deep network, η starts half a decade
+    below the largest, up to four decades above the first, that does not raise E by a twentieth, and
+    after which the gradient of each matrix is still a hundredth of its first.
 
     Args:
         optimizer: learns `lr`.
@@ -72,7 +75,7 @@ def search_lr(
     Returns:
         E by the η tried (of several groups the largest) with the last number of steps, infinite
         where the inner loss came to thrice the largest one of another trial. The learned η is now
-        the best of them, or with a warning the first, where none lowers E.
+        the best of them, or with a warning a guess, where none lowers E by a hundredth.
 
     Raises:
         ArgumentError: `lr` is not learned, there is no closure, or `at_first` is no whole number of
@@ -208,17 +211,19 @@ class _Search:
         return min(self.found, key=lambda tried: self.found[tried])
 
     def _boldest(self, before: float) -> int:
-        """Return a decade below the largest η that leaves E, and the gradient, as they are.
+        """Return half a decade below the largest η that leaves E, and the gradient, as they are.
 
-        On a plateau no few steps lower E, and one that is too large leaves it too: units die.
+        On a plateau no few steps lower E, and an η that is too large leaves it too: units die.
         """
 
         def is_harmless(tried: int) -> bool:
             is_usual = self._trial(tried) <= before + HARMLESS * abs(before)
             return is_usual and self.is_reached[tried]
 
-        largest = min(self.found)
-        while is_harmless(largest + 2):
+        largest = max(filter(is_harmless, list(self.found)), default=None)
+        if largest is None:
+            return 0
+        while largest < HIGHEST and is_harmless(largest + 2):
             largest += 2
         return largest + is_harmless(largest + 1) - 1
 
