@@ -56,6 +56,14 @@ class PatchTransformerConfig(TransformerConfig):
 
 
 @dataclass
+class NetworkConfig:
+    """A small network of one of many kinds."""
+
+    _target_: str = "experiments.networks.network"
+    kind: str = MISSING  # of `experiments.networks.KINDS`
+
+
+@dataclass
 class TaskConfig:
     """Data, model and length of a run; all methods share them."""
 
@@ -150,6 +158,7 @@ CHOICES: dict[str, dict[str, type]] = {
     "task/model": {
         "cnn": CNNConfig,
         "mlp": MLPConfig,
+        "network": NetworkConfig,
         "patches": PatchTransformerConfig,
         "transformer": TransformerConfig,
     },
