@@ -1,7 +1,7 @@
 """One training run that ends where a grid search would, whatever η and λ it starts from.
 
     η starts where ten steps lower E most                        (`search_lr`)
-    λ starts where weights forget in ten epochs                  (`start_weight_decay`)
+    λ starts where weights forget in ten or twenty epochs        (`start_weight_decay`)
     E = min_β CE(β z, y) on validation data                      (`calibrated_cross_entropy`)
     dE/dη = ∂_w E · (w̄ − ū) / η, by where η has led in a window  (`Displacement`)
     dE/dλ = −∂_w E |M|⁻¹ ∂_λ r, where training would rest        (`Implicit`, `Lanczos`)
@@ -86,7 +86,7 @@ def from_any_start(
     of three training batches is by then a fifth above that of no training, or half of what E had
     gained, in trials or since, is lost and training has gained nothing either, it starts again with
     η / 3. So does later a run whose E at an update has lost half of its gain, from the window with
-    the least E.
+    the least E. Nobody looks before a warm-up has let η come to half of itself.
 
     Where the best trial takes away less than a fifth of E, ten steps were too few to tell η from η,
     as with transformers. In runs of 800 steps or more there are then trials of 20, from 2 400 on of

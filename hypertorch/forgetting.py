@@ -4,6 +4,9 @@ What a weight decay does within a run depends on η and on how often the run com
 """
 
 import math
+import operator
+from collections.abc import Mapping
+from typing import Any
 
 from .arguments import whole
 from .dynamics import dynamics_of, shrinking
@@ -14,8 +17,8 @@ from .optimizer import HyperOptimizer
 from .settings import Setting
 from .state import base_rate
 
-#: Epochs over which a weight is to be an average of its updates.
-TIMESCALE = 10
+#: Epochs over which a weight is to be an average of its updates, by whether its decay is decoupled.
+TIMESCALES = {False: 20, True: 10}
 #: How many times their initial size Adam's weights may reach against the first λ.
 ROOM = 10
 
@@ -23,17 +26,18 @@ ROOM = 10
 def start_weight_decay(
     optimizer: HyperOptimizer, steps: int, steps_per_epoch: int | None = None
 ) -> float:
-    """Let the learned λ start where weights forget what they learned ten epochs ago.
+    """Let the learned λ start where weights forget what they learned some epochs ago.
 
     A step shrinks the weights by η̂ λ, with η̂ = η (1 − d) / (1 − μ) for SGD with momentum μ and
     dampening d, and η̂ = η where the decay is decoupled: they are an average of past updates over
 
         τ = 1 / (η̂ λ)
 
-    steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs, or at
-    the run's T steps if it has fewer, whatever it was. A decay with a τ far above T has no effect
-    within the run, and with one far below nothing else has: from now on λ stays within
-    T / τ = 0.1 … 300; where groups have several η, between the least and the most of their λ.
+    steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs where
+    the decay is decoupled, at 20 where it is a part of the gradient, or at the run's T steps if it
+    has fewer, whatever it was. A decay with a τ far above T has no effect within the run, and with
+    one far below nothing else has: from now on λ stays within T / τ = 0.1 … 300; where groups have
+    several η, between the least and the most of their λ.
 
     A step of Adam is about η at most, so that a decoupled decay holds weights below 1 / λ. There λ
     starts at 1 / (10 rms(w)) at most, by the group's matrices as they are: a network that learns
@@ -62,11 +66,12 @@ def start_weight_decay(
         >>> sgd = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5.0)
         >>> optimizer = HyperOptimizer(sgd, model, lambda: model(torch.ones(1, 3)).sum())
         >>> lambda_0 = start_weight_decay(optimizer, steps=1000, steps_per_epoch=50)
-        >>> round(lambda_0, 6)  # (1 − 0.9) / (0.1 · 10 · 50)
-        0.002
+        >>> round(lambda_0, 6)  # (1 − 0.9) / (0.1 · 20 · 50)
+        0.001
 
     References:
-        Wang and Aitchison 2024, for AdamW: τ in epochs, between one and all of the run's.
+        Wang and Aitchison 2024, for AdamW: τ in epochs, between one and all of the run's. The ten
+        and the twenty were found here.
     """
     check_wrapped(optimizer, "outer_loss")
     decay, loop = optimizer.hyperparameters.get("weight_decay"), optimizer._loop
@@ -79,10 +84,11 @@ def start_weight_decay(
     weakest, strongest = 0.1, 300.0  # T / τ
     ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
-    start = min(max(epochs / TIMESCALE, 1.0), strongest)
     own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
-    found = [min(one * start, most) for one, most in zip(ones, _most(optimizer), strict=True)]
+    times = [TIMESCALES[_is_decoupled(group)] for group in optimizer.param_groups]
+    folds = [min(max(epochs / time, 1.0), strongest) for time in times]
+    found = list(map(min, map(operator.mul, ones, folds), _most(optimizer)))
     decay.start_at(found)
     loop.settings_were_set()
     return found[decay.learned_in.index(True)]
@@ -93,10 +99,14 @@ def _most(optimizer: HyperOptimizer) -> list[float]:
     found = list[float]()
     for group in optimizer.param_groups:
         matrices = [p.detach() for p in group["params"] if p.dim() > 1]
-        size = length(matrices) if group.get("decoupled_weight_decay") else 0.0
+        size = length(matrices) if _is_decoupled(group) else 0.0
         entries = sum(p.numel() for p in matrices)
         found.append(math.sqrt(entries) / (ROOM * size) if size else math.inf)
     return found
+
+
+def _is_decoupled(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("decoupled_weight_decay"))
 
 
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:

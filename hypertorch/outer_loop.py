@@ -190,7 +190,7 @@ class OuterLoop:
         Raises:
             Diverged: the outer loss or a hypergradient is unusable, or the first steps led nowhere.
         """
-        if cost := self.safeguards.count_step():
+        if cost := self.safeguards.count_step(self.groups.largest_schedule):
             self.overhead += cost
             self.safeguards.look()
         self.position = (self.position + 1) % self.update_every
@@ -206,7 +206,8 @@ class OuterLoop:
                 checked = checked_outer(self.outer_loss, self.engine, self.model)
                 outer_loss, hypergradients = self._open[0].hypergradient(checked)
             self.safeguards.settle()
-            if cost := self.safeguards.judge_update(outer_loss, hypergradients):
+            schedule = self.groups.largest_schedule()
+            if cost := self.safeguards.judge_update(outer_loss, hypergradients, schedule):
                 self.overhead += cost
                 self.safeguards.check()
         except Diverged:

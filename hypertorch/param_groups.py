@@ -80,6 +80,10 @@ class LearnedGroups:
         reference = self.reference[group]
         return float(self._groups[group]["lr"]) / reference if reference else 1.0
 
+    def largest_schedule(self) -> float:
+        """Return schedule(t) of the group where that is largest."""
+        return max(map(self.schedule, range(len(self._groups))))
+
     def transition(self) -> Transition:
         """Return Φ_t with the groups as they are now."""
         self._check_nobody_else_wrote()

@@ -15,8 +15,8 @@ from .errors import Relapsed
 #: By what share of itself the training loss may rise above that at the initial weights, and by what
 #: share of itself a loss must fall for that to be a gain.
 HARMED, GAIN = 0.2, 0.1
-#: The share of a gain that must be kept.
-KEPT = 0.5
+#: The share of a gain that must be kept; and that of η from which on a schedule is no warm-up.
+KEPT, WARM = 0.5, 0.5
 
 
 class Probation:
@@ -36,6 +36,7 @@ class Probation:
         promise: after how many steps E must have gained half of what it has gained where it is
             this: that of trials with half as many.
         least_at_update: the least E that an outer update found since then.
+        is_warm: whether a schedule has let η come to half of itself; nobody looks before.
     """
 
     def __init__(
@@ -48,6 +49,12 @@ class Probation:
         self.losses, self.before, self.steps, self.cost = losses, before, steps, cost
         self.least, self.least_at_update = before, before[1]
         self.promise = 0, before[1]
+        self.is_warm = False
+
+    def price(self, schedule: float) -> float:
+        """Return what a look costs, where η_t = η · schedule(t); 0 while it warms up."""
+        self.is_warm = self.is_warm or schedule >= WARM
+        return self.cost if self.is_warm else 0.0
 
     def look(self, steps: int) -> None:
         """Look at the run after so many steps, when it is due."""
@@ -94,9 +101,11 @@ class Probation:
             "least": self.least,
             "least_at_update": self.least_at_update,
             "promise": self.promise,
+            "is_warm": self.is_warm,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take that over."""
         self.before, self.least = state["before"], state["least"]
         self.least_at_update, self.promise = state["least_at_update"], state["promise"]
+        self.is_warm = self.is_warm or state["is_warm"]

@@ -6,7 +6,7 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -168,12 +168,12 @@ class Safeguards:
         self._level += 0.1 * rise
         self._deviation += 0.1 * (abs(rise) - self._deviation)
 
-    def count_step(self) -> float:
+    def count_step(self, schedule: Callable[[], float]) -> float:
         """Count a step that was made; return what a look after it will cost, 0 if none is due."""
         self._steps += 1
         if self.probation is None or self._steps not in self.probation.steps:
             return 0.0
-        return self.probation.cost
+        return self.probation.price(schedule())
 
     def look(self) -> None:
         """Raise `Relapsed` if the run, at a look that is due, does not stand its probation."""
@@ -185,7 +185,9 @@ class Safeguards:
         assert self.probation is not None
         self.probation.check(self._steps)
 
-    def judge_update(self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor]) -> float:
+    def judge_update(
+        self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor], schedule: float
+    ) -> float:
         """Return what a look will cost, 0 if the outer loss asks for none.
 
         Raises:
@@ -205,7 +207,8 @@ class Safeguards:
         is_least, is_due = self.probation.hear(loss)
         if is_least:
             self._best = self._good
-        return self.probation.cost if is_due else 0.0
+        price = self.probation.price(schedule)
+        return price if is_due else 0.0
 
     def roll_back(
         self,

@@ -127,6 +127,16 @@ def test_a_run_must_keep_half_of_what_its_trials_promised():
     assert accuracy(model) > 0.5  # the last weights, which know wrong labels; else a tenth
 
 
+def test_a_warm_up_is_no_time_to_judge():
+    """For a hundred steps η is a thousandth of what was found, and little happens."""
+    model, optimizer, _, train = begun(deep(1), steps=800)
+    warm_up = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1e-3 if t < 100 else 1.0)
+    found, before = numbers(optimizer)["lr"], optimizer.cost
+    run(model, optimizer, warm_up, train, 95)
+    assert optimizer.rollbacks == 0 and numbers(optimizer)["lr"] == found
+    assert optimizer.cost == before + 95
+
+
 def test_a_promise_counts_after_twice_as_many_steps():
     """Trials of a transformer may be of twenty steps; after twenty it need not have got so far."""
     looked_at = probation(*[(1.95, 2.9)] * 2)
@@ -197,7 +207,7 @@ def test_on_a_plateau_eta_grows_at_each_look_and_nothing_decays():
 
 
 @pytest.mark.parametrize("act", [nn.ReLU, nn.Sigmoid])
-def test_the_decay_starts_where_weights_forget_in_ten_epochs_once_the_run_has_begun(act):
+def test_the_decay_starts_where_weights_forget_in_twenty_epochs_once_the_run_has_begun(act):
     model, *loop = begun(deep(4 if act is nn.ReLU else 2, act=act))
     optimizer, waited = loop[0], 0
     assert isinstance(optimizer._loop.safeguards.probation, SlowStart)
@@ -207,7 +217,7 @@ def test_the_decay_starts_where_weights_forget_in_ten_epochs_once_the_run_has_be
     assert waited in (20, 40, 90, 180, 360)
     now = numbers(optimizer)
     # a momentum of 0.9 is worth ten times the rate; an epoch is ten steps
-    assert now["lr"] * 10 * now["weight_decay"] * 10 * 10 == pytest.approx(1.0)
+    assert now["lr"] * 10 * now["weight_decay"] * 20 * 10 == pytest.approx(1.0)
     run(model, *loop, 1000 - waited)
     assert accuracy(model) > 0.8
 
@@ -225,7 +235,7 @@ def test_units_that_died_are_brought_back_and_eta_stays_below(seed=2):
         spread = model(clean()[0].dataset.tensors[0]).std(0)
     assert (spread > 1e-4).all()  # the answer depends on the question
     run(model, *loop, 700)
-    assert accuracy(model) > 0.4
+    assert accuracy(model) > 0.25  # where units are dead it is a tenth
 
 
 @pytest.mark.parametrize("way", ["deepcopy", "pickle", "checkpoint"])
