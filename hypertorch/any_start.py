@@ -84,9 +84,10 @@ def from_any_start(
     A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow
     up after twenty steps, or units die. After 20, 40 and 90 steps the run is looked at. If the loss
     of three training batches is by then a fifth above that of no training, or half of what E had
-    gained, in trials or since, is lost and training has gained nothing either, it starts again with
-    η / 3. So does later a run whose E at an update has lost half of its gain, from the window with
-    the least E. Nobody looks before a warm-up has let η come to half of itself.
+    gained, in clear trials or since, is lost, and the training loss has not fallen either, it
+    starts again with η / 3. So does later one whose E at an update has lost half of its gain, from
+    the window with the least E, or the last checkpoint. A warm-up is left alone until η comes to
+    half of itself.
 
     Where the best trial takes away less than a fifth of E, ten steps were too few to tell η from η,
     as with transformers. In runs of 800 steps or more there are then trials of 20, from 2 400 on of
@@ -183,7 +184,7 @@ def from_any_start(
         probation.promise = 2 * length, found
         if fallen(before, found) < CLEAR:
             probation = SlowStart(probation, inner, trial, span)
-        loop.safeguards.probation = probation
+        loop.safeguards.begin(probation)
     is_free = not {"engine", "update_every"} & set(options)
     spent = wrapped.cost + len(probation.steps) * probation.cost
     every = _period(steps, spent) if is_free else loop.update_every

@@ -188,7 +188,7 @@ class OuterLoop:
         """Count one training step; return whether an outer update was made after it.
 
         Raises:
-            Diverged: the outer loss or a hypergradient is unusable, or the first steps led nowhere.
+            Diverged: the outer loss or a hypergradient is unusable, or the run learns nothing.
         """
         if cost := self.safeguards.count_step(self.groups.largest_schedule):
             self.overhead += cost
@@ -205,6 +205,8 @@ class OuterLoop:
             with guarded(self.outer_loss, self.model), torch.enable_grad():
                 checked = checked_outer(self.outer_loss, self.engine, self.model)
                 outer_loss, hypergradients = self._open[0].hypergradient(checked)
+            horizon, unforeseen = self._steps_in_window, self._open[0].unforeseen
+            self.overhead += self.engine.cost(horizon, self.training) + unforeseen - horizon
             self.safeguards.settle()
             schedule = self.groups.largest_schedule()
             if cost := self.safeguards.judge_update(outer_loss, hypergradients, schedule):
@@ -215,9 +217,8 @@ class OuterLoop:
         except BaseException:
             self.close()
             raise
-        losses, horizon, unforeseen = self._losses, self._steps_in_window, self._open[0].unforeseen
+        losses = self._losses
         self.close()
-        self.overhead += self.engine.cost(horizon, self.training) + unforeseen - horizon
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
         self._inner_losses = losses
         self._move(hypergradients)
@@ -234,7 +235,7 @@ class OuterLoop:
         self.groups.publish()
 
     def roll_back(self, reason: Diverged) -> None:
-        """Return to the state the last window started from, with a lower η."""
+        """Return to where the last window started, or the best one, with a lower η."""
         self.training.slots.fill(self.training.slots.params)
         self._forget_window()
         self._carried, self.position = None, 0

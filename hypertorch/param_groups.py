@@ -81,8 +81,9 @@ class LearnedGroups:
         return float(self._groups[group]["lr"]) / reference if reference else 1.0
 
     def largest_schedule(self) -> float:
-        """Return schedule(t) of the group where that is largest."""
-        return max(map(self.schedule, range(len(self._groups))))
+        """Return schedule(t) of the group where that is largest; a frozen one has none."""
+        groups = [g for g, reference in enumerate(self.reference) if reference]
+        return max(map(self.schedule, groups), default=1.0)
 
     def transition(self) -> Transition:
         """Return Φ_t with the groups as they are now."""

@@ -33,8 +33,8 @@ class Probation:
 
     Attributes:
         least: the least of both since there is a state to return to.
-        promise: after how many steps E must have gained half of what it has gained where it is
-            this: that of trials with half as many.
+        promise: after how many steps E must have gained half of what it would have if it were this,
+            as after trials with half as many; `None` if nothing is expected.
         least_at_update: the least E that an outer update found since then.
         is_warm: whether a schedule has let η come to half of itself; nobody looks before.
     """
@@ -48,7 +48,7 @@ class Probation:
     ) -> None:
         self.losses, self.before, self.steps, self.cost = losses, before, steps, cost
         self.least, self.least_at_update = before, before[1]
-        self.promise = 0, before[1]
+        self.promise: tuple[int, float] | None = None
         self.is_warm = False
 
     def price(self, schedule: float) -> float:
@@ -60,8 +60,8 @@ class Probation:
         """Look at the run after so many steps, when it is due."""
         self.check(steps)
 
-    def check(self, steps: int) -> float:
-        """Look whether anything is learned, and is left of it, after so many steps; return E.
+    def check(self, steps: int) -> tuple[float, float]:
+        """Look whether anything is learned, and left of it, after so many steps; return the losses.
 
         Raises:
             Relapsed: hardly anything is, or training does harm.
@@ -69,7 +69,7 @@ class Probation:
         with torch.no_grad():
             inner, outer = (loss().item() for loss in self.losses)
         (first, first_outer), (least, least_outer) = self.before, self.least
-        if steps >= self.promise[0]:
+        if self.promise and steps >= self.promise[0]:
             least_outer = min(least_outer, self.promise[1])
         scale, gain = abs(first), first_outer - least_outer
         if scale and not inner <= first + HARMED * scale:
@@ -81,7 +81,7 @@ class Probation:
                 f"{least_outer:.3g}, and {first_outer:.3g} at first"
             )
         self.least = min(least, inner), min(least_outer, outer)
-        return outer
+        return inner, outer
 
     def hear(self, outer_loss: float) -> tuple[bool, bool]:
         """Return whether an update's E is the least so far, and whether it asks for a look."""
@@ -92,7 +92,7 @@ class Probation:
     def forget(self) -> None:
         """Begin anew: there is no state any more with what was gained."""
         self.least, self.least_at_update = self.before, self.before[1]
-        self.promise = 0, self.before[1]
+        self.promise = None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the present run started from, and what it has gained."""

@@ -31,6 +31,10 @@ from .surroundings import ModuleBuffers
 _Remembered = tuple[Snapshot, dict[str, Tensor], dict[str, Any]]
 
 
+#: Steps within which a look tells of the state that a checkpoint leaves to return to.
+LATELY = 90
+
+
 class Safeguards:
     """Watches losses and gradients, and keeps the state to return to.
 
@@ -75,6 +79,12 @@ class Safeguards:
         self._good: _Remembered | None = None
         self._candidate: _Remembered | None = None
         self._best: _Remembered | None = None  # for a relapse; kept under probation alone
+        self._is_best_known = False  # to be no relapse itself
+        self._stood = 0  # the step of the last look that the run stood
+
+    def begin(self, probation: Probation) -> None:
+        """Look at a run from now on; its initial weights are no relapse."""
+        self.probation, self._is_best_known = probation, True
 
     @property
     def has_snapshot(self) -> bool:
@@ -111,9 +121,8 @@ class Safeguards:
     def forget(self) -> None:
         """Drop the state to return to, and what was seen since; the next step remembers its own."""
         self._good = self._candidate = self._best = None
+        self._is_best_known = self._steps - self._stood <= LATELY
         self._pending.clear()
-        if self.probation:
-            self.probation.forget()
 
     def watch(self, loss: Tensor | None, grads: Sequence[Tensor | None]) -> None:
         """Raise `Diverged` if this step must not be made (on an accelerator: must be undone).
@@ -171,19 +180,39 @@ class Safeguards:
     def count_step(self, schedule: Callable[[], float]) -> float:
         """Count a step that was made; return what a look after it will cost, 0 if none is due."""
         self._steps += 1
-        if self.probation is None or self._steps not in self.probation.steps:
+        if self.probation is None:
             return 0.0
-        return self.probation.price(schedule())
+        is_due = self._steps in self.probation.steps or not self._is_best_known
+        return self.probation.price(schedule()) if is_due else 0.0
 
     def look(self) -> None:
-        """Raise `Relapsed` if the run, at a look that is due, does not stand its probation."""
+        """Raise `Relapsed` if the run, at a look that is due, does not stand its probation.
+
+        The state to return to may be new, after a checkpoint, and itself one of those that do not:
+        then nothing was gained.
+        """
         assert self.probation is not None
-        self.probation.look(self._steps)
+        is_scheduled = self._steps in self.probation.steps
+        self._stand(self.probation.look if is_scheduled else self.probation.check)
 
     def check(self) -> None:
-        """Raise `Relapsed` if the run, at an update that asks for a look, does not stand it."""
+        """Do the same at an update that asks for it."""
         assert self.probation is not None
-        self.probation.check(self._steps)
+        self._stand(self.probation.check)
+        self._in_a_row = 0
+
+    def _stand(self, look: Callable[[int], object]) -> None:
+        assert self.probation is not None
+        try:
+            look(self._steps)
+        except Relapsed:
+            if self._is_best_known:
+                raise
+            self.probation.forget()
+        self._stands()
+
+    def _stands(self) -> None:
+        self._is_best_known, self._stood = True, self._steps
 
     def judge_update(
         self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor], schedule: float
@@ -201,14 +230,15 @@ class Safeguards:
         for name, size in zip(hypergradients, sizes, strict=True):
             if not size < 1e15:
                 raise Diverged(f"the hypergradient of `{name}` reaches {size:.3g}")
-        self._in_a_row = 0
-        if self.probation is None:
+        is_least, is_due = self.probation.hear(loss) if self.probation else (False, False)
+        if self.probation and is_least and self._good:
+            self._best = (*self._good[:2], self.probation.state_dict())
+            self._stands()
+        price = self.probation.price(schedule) if self.probation else 0.0
+        if not (is_due and price):
+            self._in_a_row = 0
             return 0.0
-        is_least, is_due = self.probation.hear(loss)
-        if is_least:
-            self._best = self._good
-        price = self.probation.price(schedule)
-        return price if is_due else 0.0
+        return price
 
     def roll_back(
         self,
@@ -229,12 +259,12 @@ class Safeguards:
         snapshot.restore(optimizer)
         if self.probation:
             self.probation.load_state_dict(seen)
-            self.probation.forget()
+            self.probation.promise = None  # of another η
         self._pending.clear()
         self._candidate = None
         self.rollbacks += 1
         self._in_a_row += 1
-        self._is_back, self._steps = True, 0
+        self._is_back, self._steps, self._stood = True, 0, 0
         if isinstance(reason, Relapsed) and "lr" in hyperparameters:
             raws = {**raws, "lr": hyperparameters["lr"].raw.detach().clone()}
         for name, h in hyperparameters.items():
@@ -273,6 +303,7 @@ class Safeguards:
             "in_a_row": self._in_a_row,
             "is_back": self._is_back,
             "steps": self._steps,
+            "stood": self._stood,
             "first": self._first,
             "level": self._level,
             "deviation": self._deviation,
@@ -285,7 +316,7 @@ class Safeguards:
         self.rollbacks, self._in_a_row = state["rollbacks"], state["in_a_row"]
         self._is_back, self._first = state["is_back"], state["first"]
         self._level, self._deviation = state["level"], state["deviation"]
-        self._usual, self._steps = state["usual"], state["steps"]
+        self._usual, self._steps, self._stood = state["usual"], state["steps"], state["stood"]
         if self.probation and state["probation"] is not None:
             self.probation.load_state_dict(state["probation"])
         self.forget()

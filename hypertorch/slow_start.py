@@ -9,14 +9,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from .errors import Relapsed
 from .forgetting import start_weight_decay
 from .kept_batches import BatchLosses
 from .optimizer import HyperOptimizer
 from .outer_loop import OuterLoop
-from .probation import Probation
+from .probation import GAIN, Probation
 from .settings import Setting
 from .state import params_of
 from .surroundings import leaving_no_trace
@@ -30,7 +29,7 @@ GROWTH, PATIENCE = 3.0, 90
 class SlowStart(Probation):
     """A probation that goes on until the run has begun to learn.
 
-    λ is meanwhile the least that it may be. A look after 20, 40, 90, 180, 360, … steps finds that E
+    λ begins at the least that it may be. A look after 20, 40, 90, 180, 360, … steps finds that E
 
         has fallen by a fifth, from 90 on by a hundredth:    λ starts (`start_weight_decay`);
         has not fallen by a hundredth, from 90 on:           η ← 3 η;
@@ -38,7 +37,8 @@ class SlowStart(Probation):
 
     A loss that does not fall may also be one that no longer can: units have died, and no gradient
     reaches the weights before them. Where a matrix has less than a hundredth of its first gradient,
-    the run goes back, and on with η / 9; a third of that η is the most from now on.
+    though the training loss has not fallen, the run goes back, and on with η / 9; a third of that η
+    is the most from now on.
 
     Args:
         probation: of the first steps.
@@ -55,7 +55,7 @@ class SlowStart(Probation):
         run: tuple[int, int | None],
     ) -> None:
         looks = list(probation.steps)
-        while 4 * looks[-1] <= run[0]:
+        while 2 * looks[-1] <= run[0]:
             looks.append(2 * looks[-1])
         super().__init__(probation.losses, probation.before, tuple(looks), probation.cost)
         self._inner, self._trial, self._run = inner, trial, run
@@ -68,14 +68,16 @@ class SlowStart(Probation):
 
     def look(self, steps: int) -> None:
         """Let λ start, or η move; raise `Relapsed` as every probation does, or where units died."""
-        share = fallen(self.before[1], self.check(steps))
+        inner, outer = self.check(steps)
+        share = fallen(self.before[1], outer)
         if share < TELLING and steps >= PATIENCE:
-            self._check_gradient(steps)
+            if fallen(self.before[0], inner) < GAIN:
+                self._check_gradient(steps)
             if self._is_waiting:
                 self._move(GROWTH if share > -HARMLESS else 1 / GROWTH)
         elif self._is_waiting and share >= (CLEAR if steps < PATIENCE else TELLING):
-            self._is_waiting = False
             start_weight_decay(self._learning("lr")[0], *self._run)
+            self._is_waiting = False
 
     def _check_gradient(self, steps: int) -> None:
         """Raise `Relapsed` if the weights can no longer be trained."""
@@ -84,21 +86,24 @@ class SlowStart(Probation):
         loop.close()
         loop.overhead += 1
         if not are_reached(self._norms(), self._norms_at_first):
-            least, most = lr.bounds[0], lr.value.max().item() / GROWTH
-            lr.bound((least, max(least, most)))  # to which η falls at once; a rollback divides it
+            self._move(1 / GROWTH)
+            lr.bound((lr.bounds[0], max(GROWTH * lr.bounds[0], lr.value.max().item())))
             raise Relapsed(f"after {steps} steps hardly any gradient reaches some of the weights")
 
     def _move(self, factor: float) -> None:
+        """Multiply every η by this, or by as much of it as their bounds allow."""
         lr = self._learning("lr")[1]
-        lr.set(factor * lr.value.detach())
+        assert lr.bounds is not None
+        present = lr.value.detach()
+        lr.set(min(factor, lr.bounds[1] / present.max().item()) * present)
         lr.clamp_()
         self._loop().settings_moved()
 
-    def _norms(self) -> Tensor:
+    def _norms(self) -> list[float]:
         """Return the norms of the first batch's gradient."""
+        params = params_of(self._learning("lr")[0])
         with leaving_no_trace(self._inner.model), torch.enable_grad():
-            found = gradients(self._inner.of(0), params_of(self._learning("lr")[0]))
-        return matrix_norms(found)
+            return matrix_norms(params, gradients(self._inner.of(0), params))
 
     def _learning(self, name: str) -> tuple[HyperOptimizer, Setting]:
         optimizer = self._trial.optimizer
@@ -117,12 +122,11 @@ class SlowStart(Probation):
         return {
             **super().state_dict(),
             "is_waiting": self._is_waiting,
-            "norms_at_first": self._norms_at_first.clone(),
+            "norms_at_first": self._norms_at_first,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take that over; a run that did not wait has begun."""
         super().load_state_dict(state)
         self._is_waiting = state.get("is_waiting", False)
-        norms = state.get("norms_at_first", self._norms_at_first)
-        self._norms_at_first = norms.clone().to(self._norms_at_first)
+        self._norms_at_first = state.get("norms_at_first", self._norms_at_first)

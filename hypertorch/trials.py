@@ -6,7 +6,7 @@ the weights before λ can follow. From any starting value, short trials settle �
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -137,16 +137,18 @@ def fallen(before: float, after: float) -> float:
     return (before - after) / abs(before) if before else 0.0
 
 
-def matrix_norms(grads: Iterable[Tensor | None]) -> Tensor:
-    """Return the norm of the gradient in each matrix that has one."""
-    found = [g for g in grads if g is not None and g.dim() > 1 and not g.is_sparse]
-    norms = torch._foreach_norm(found) if found else [torch.zeros(())]
-    return torch.stack([norm.to(norms[0]) for norm in norms])
+def matrix_norms(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> list[float]:
+    """Return the norm of the gradient in each matrix, NaN where it has none."""
+    matrices = [grad for p, grad in zip(params, grads, strict=True) if p.dim() > 1]
+    dense = [grad for grad in matrices if grad is not None and not grad.is_sparse]
+    norms = torch._foreach_norm(dense) if dense else []
+    known = iter(torch.stack([n.to(norms[0]) for n in norms]).tolist() if norms else [])
+    return [math.nan if g is None or g.is_sparse else next(known) for g in matrices]
 
 
-def are_reached(norms: Tensor, first: Tensor) -> bool:
+def are_reached(norms: Sequence[float], first: Sequence[float]) -> bool:
     """Return whether a gradient reaches every matrix, by its norms now and at first."""
-    return bool((norms >= REACHED * first).all())
+    return not any(now < REACHED * then for now, then in zip(norms, first, strict=False))
 
 
 class _Search:
@@ -166,7 +168,7 @@ class _Search:
         self.start = present.max().item()
         self.ratios = present / present.max()
         self.first, self.length, self.cost = self.start, len(inner), 0.0
-        self.gradient = torch.zeros(())  # of every matrix the norm, in the first step
+        self.gradient = list[float]()  # its norm in every matrix, in the first step
         self.found: dict[int, float] = {}  # E, by half decades from the first η
         self.is_reached: dict[int, bool] = {}  # whether a gradient still reaches every matrix
         self.usual = math.inf  # the largest loss of the trial where that was least
@@ -181,9 +183,12 @@ class _Search:
             share = fallen(before, self.found[best])
             if share >= CLEAR:
                 break
+        boldest = self._boldest(before) if share < TELLING else 0
+        best = min(self.found, key=lambda tried: self.found[tried])
+        share = fallen(before, self.found[best])
         if share >= TELLING:
             return self.rate(best)
-        rate = self.rate(self._boldest(before))
+        rate = self.rate(boldest)
         warnings.warn(
             f"{self.length} training steps lower the outer loss by {max(0.0, share):.1%} at "
             f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
@@ -217,7 +222,7 @@ class _Search:
         """
 
         def is_harmless(tried: int) -> bool:
-            is_usual = self._trial(tried) <= before + HARMLESS * abs(before)
+            is_usual = self._trial(tried) <= before + HARMLESS * abs(before) < math.inf
             return is_usual and self.is_reached[tried]
 
         largest = max(filter(is_harmless, list(self.found)), default=None)
@@ -236,7 +241,7 @@ class _Search:
         params = self.optimizer._params()
         before = [p.detach().clone() for p in params]
         with self._trained(1.0, self.inner[:1]) as (loss,):
-            self.gradient = matrix_norms(p.grad for p in params)
+            self.gradient = matrix_norms(params, [p.grad for p in params])
             moved = torch._foreach_sub(before, [p.detach() for p in params])
             pairs = [(p.grad, d) for p, d in zip(params, moved, strict=True) if p.grad is not None]
             gain = sum((g * d).sum(dtype=torch.float64).item() for g, d in pairs)
@@ -264,7 +269,7 @@ class _Search:
                 self.usual = min(self.usual, largest)
                 is_ruined = not math.isfinite(largest)
                 self.found[half_decades] = math.inf if is_ruined else self._outer_loss()
-                norms = matrix_norms(p.grad for p in params)
+                norms = matrix_norms(params, [p.grad for p in params])
                 self.is_reached[half_decades] = are_reached(norms, self.gradient)
         return self.found[half_decades]
 

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
+import hypertorch
 from hypertorch import HypertorchWarning, from_any_start
 from hypertorch.errors import Relapsed
 from hypertorch.probation import Probation
@@ -54,7 +55,7 @@ def test_half_of_what_was_gained_must_be_kept(seen, is_lost):
         with pytest.raises(Relapsed):
             looked_at.look(40)
     else:
-        assert looked_at.check(40) == seen[-1][1]
+        assert looked_at.check(40) == seen[-1]
 
 
 def test_little_of_a_gain_may_be_lost():
@@ -109,6 +110,72 @@ def test_a_run_that_loses_all_it_learned_returns_to_where_e_was_least():
     run(model, optimizer, scheduler, train, 100)
     assert accuracy(model) > 0.7
     assert optimizer.rollbacks == 1
+
+
+@pytest.mark.filterwarnings("ignore:Training was rolled back 3 times")
+@pytest.mark.parametrize("between", ["nothing", "a NaN", "checkpoints"])
+def test_a_run_may_lose_it_all_more_than_once(between):
+    """What was rolled back to is no new beginning, and neither is a checkpoint."""
+    model, optimizer, scheduler, train = started(1e-4, 1e-4, steps=900)
+    for _ in range(7):
+        if between == "checkpoints":
+            optimizer.state_dict()
+        run(model, optimizer, scheduler, train, 50)
+    for _ in range(2):
+        if between == "a NaN":
+            (cross_entropy(model(torch.zeros(2, 64)), torch.zeros(2).long()) * math.nan).backward()
+            optimizer.step()
+        with torch.no_grad():
+            model[0].bias.fill_(-100.0)
+        rollbacks, model = optimizer.rollbacks, model.train()
+        run(model, optimizer, scheduler, train, 200)
+        assert optimizer.rollbacks > rollbacks
+        assert accuracy(model) > 0.7
+
+
+class StochasticDepth(nn.Module):
+    """Each layer but the first and last is left out of half of the steps."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = nn.Linear(64, 32), nn.Linear(32, 10)
+        self.rest = nn.ModuleList([nn.Linear(32, 32) for _ in range(4)])
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.rest:
+            if not self.training or torch.rand(()) > 0.5:
+                x = x + layer(x.relu())
+        return self.last(x)
+
+
+def test_layers_that_some_steps_leave_out_are_not_dead():
+    torch.manual_seed(0)
+    model, *loop = begun(StochasticDepth())
+    run(model, *loop, 200)
+    assert accuracy(model) > 0.7 and loop[0].rollbacks == 0
+
+
+@pytest.mark.filterwarnings("ignore:Training was rolled back 3 times")
+def test_groups_keep_their_ratio_while_eta_is_looked_for():
+    """Also where the gradient seems cut off again and again, down to the least η."""
+    model, (train, validation) = biases(), clean()
+    groups = [{"params": model[0].parameters(), "lr": 1e-3}, {"params": model[2:].parameters()}]
+    bare = torch.optim.SGD(groups, lr=1e-5, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".* training steps lower", HypertorchWarning)
+        optimizer = from_any_start(bare, model, cross_entropy, train, validation, 1000)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)
+    lr = optimizer.hyperparameters["lr"]
+    found = lr().max().item()
+    optimizer._loop.safeguards.probation._norms_at_first = [1.0] * 3
+    with pytest.raises(hypertorch.DivergenceError, match="12 times in a row"):
+        for relapses in range(1, 14):
+            run(model, optimizer, scheduler, train, 90)
+            if relapses < 4:  # then the lesser η is at its bound
+                assert lr()[0].item() == pytest.approx(100 * lr()[1].item(), rel=0.5)
+                assert lr()[0].item() < 2 * 9**-relapses * found
+    assert lr().max().item() < 0.01 * found
 
 
 def two_layers():
