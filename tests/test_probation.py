@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-import hypertorch
 from hypertorch import HypertorchWarning, from_any_start
 from hypertorch.errors import Relapsed
 from hypertorch.probation import Probation
@@ -169,12 +168,12 @@ def test_groups_keep_their_ratio_while_eta_is_looked_for():
     lr = optimizer.hyperparameters["lr"]
     found = lr().max().item()
     optimizer._loop.safeguards.probation._norms_at_first = [1.0] * 3
-    with pytest.raises(hypertorch.DivergenceError, match="12 times in a row"):
-        for relapses in range(1, 14):
-            run(model, optimizer, scheduler, train, 90)
-            if relapses < 4:  # then the lesser η is at its bound
-                assert lr()[0].item() == pytest.approx(100 * lr()[1].item(), rel=0.5)
-                assert lr()[0].item() < 2 * 9**-relapses * found
+    for relapses in range(1, 10):
+        run(model, optimizer, scheduler, train, 90)
+        assert optimizer.rollbacks == relapses
+        if relapses < 4:  # then the lesser η is at its bound
+            assert lr()[0].item() == pytest.approx(100 * lr()[1].item(), rel=0.5)
+            assert lr()[0].item() < 2 * 9**-relapses * found
     assert lr().max().item() < 0.01 * found
 
 
