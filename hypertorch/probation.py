@@ -22,8 +22,9 @@ KEPT, WARM = 0.5, 0.5
 class Probation:
     """Looks at a run that may lose what it has learned.
 
-    It relapses where E is above E₀ − ½ (E₀ − min E), after a gain of a fifth, and the training loss
-    above L₀ − ½ max(L₀ − min L, L₀ / 5); one that memorises wrong labels loses E's gain alone.
+    It relapses where E is above E₀ − ½ (E₀ − min E), after a gain of a tenth, and the training loss
+    above L₀ − ½ max(L₀ − min L, L₀ / 10), or where that is a fifth above L₀. One that memorises
+    wrong labels loses E's gain alone.
 
     Args:
         losses: of training, and E, for the model as it is.
