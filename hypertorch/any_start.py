@@ -29,7 +29,15 @@ from .errors import ArgumentError, HypertorchWarning, UnsupportedError
 from .forgetting import start_weight_decay
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
-from .kept_batches import BatchLosses, Criterion, examples, first_batches, probation_by, trial_by
+from .kept_batches import (
+    BatchLosses,
+    Criterion,
+    examples,
+    first_batches,
+    looked_at,
+    probation_by,
+    trial_by,
+)
 from .optimizer import HyperOptimizer
 from .outer import GatedSign, OuterFactory
 from .param_groups import restore_groups
@@ -86,8 +94,8 @@ def from_any_start(
     of three training batches is by then a fifth above that of no training, or half of what E had
     gained, in clear trials or since, is lost, and the training loss has not fallen either, it
     starts again with η / 3. So does later one whose E at an update has lost half of its gain, from
-    the window with the least E, or the last checkpoint. A warm-up is left alone until η comes to
-    half of itself.
+    the window with the least E, or the last checkpoint. Until η comes to half of itself a warm-up
+    is left alone.
 
     Where the best trial takes away less than a fifth of E, ten steps were too few to tell η from η,
     as with transformers. In runs of 800 steps or more there are then trials of 20, from 2 400 on of
@@ -161,14 +169,14 @@ def from_any_start(
     if not batches or not judges:
         raise ArgumentError("A loader is empty. Training and validation data are both needed.")
     inner = BatchLosses(model, criterion, batches)
-    cost, chosen = 0.0, {"outer": _rule(optimizer)} | _learned(options)
+    few, cost, chosen = looked_at(inner), 0.0, {"outer": _rule(optimizer)} | _learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
     outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
     writer = options.pop("writer", None)
     trial, before = trial_by(model, criterion, outer_criterion, judges)
-    probation = probation_by(inner, trial, before)
+    probation = probation_by(few, (trial, before))
     cost += probation.cost
     with _groups_kept_on_error(optimizer):
         with _zero_allowed(optimizer):
@@ -202,11 +210,7 @@ def from_any_start(
 def _search(
     wrapped: HyperOptimizer, inner: BatchLosses, trial: BatchLosses, steps: int
 ) -> tuple[float, int]:
-    """Let η be what trials find, without a decay, and stay near it.
-
-    Returns:
-        E of the best trial, and its steps.
-    """
+    """Let η be what trials find, without a decay, and stay near; return the least E, and steps."""
     lr, decay = (wrapped.hyperparameters[name] for name in ("lr", "weight_decay"))
     lr.bound(RATES)
     closures = [partial(inner.of, k) for k in range(_longest_trial(steps))]
@@ -227,11 +231,7 @@ def _longest_trial(steps: int) -> int:
 
 
 def _check_start(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse a scheduler that knows rates of its own; warn of a model in eval mode.
-
-    Raises:
-        ArgumentError: says when to attach it, and at what rate.
-    """
+    """Refuse a scheduler that knows rates of its own; warn of a model in eval mode."""
     if any("max_lr" in group for group in optimizer.param_groups):
         raise ArgumentError(
             "A scheduler with a `max_lr` (OneCycleLR, CyclicLR) is attached, and rates of its own "

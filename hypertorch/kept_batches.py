@@ -102,11 +102,11 @@ class BatchLosses:
 
 
 @torch.no_grad()
-def probation_by(inner: BatchLosses, outer: BatchLosses, before_outer: float) -> Probation:
-    """Return what looks at a run by both losses; at the initial weights E is `before_outer`.
+def looked_at(inner: BatchLosses) -> tuple[BatchLosses, float]:
+    """Return the training losses that a run is looked at by, and their mean as it is.
 
     Raises:
-        ArgumentError, ArgumentTypeError: the loss at the initial weights is no finite number.
+        ArgumentError, ArgumentTypeError: that is no finite number.
     """
     few = BatchLosses(inner.model, inner.criterion, inner.batches[:_LOOKS_AT])
     loss = few.mean()
@@ -117,8 +117,14 @@ def probation_by(inner: BatchLosses, outer: BatchLosses, before_outer: float) ->
             f"The loss of the first training batches is {before} at the initial weights. Look for "
             "NaN in the training data, and in the weights."
         )
-    cost = (len(few.batches) + len(outer.batches)) / 3
-    return Probation((few.mean, outer.mean), (before, before_outer), _LOOKS_AFTER, cost)
+    return few, before
+
+
+def probation_by(inner: tuple[BatchLosses, float], outer: tuple[BatchLosses, float]) -> Probation:
+    """Return what looks at a run by these losses, of which the numbers are the first values."""
+    (few, before), (trial, before_outer) = inner, outer
+    cost = (len(few.batches) + len(trial.batches)) / 3
+    return Probation((few.mean, trial.mean), (before, before_outer), _LOOKS_AFTER, cost)
 
 
 def trial_by(
