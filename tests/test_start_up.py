@@ -1,5 +1,6 @@
 """`search_lr`: the same η from every starting value, and nothing else touched."""
 
+import math
 from copy import deepcopy
 from functools import partial
 from unittest.mock import patch
@@ -143,6 +144,19 @@ def test_where_nothing_can_be_learned_the_lr_stays():
     with pytest.warns(hypertorch.HypertorchWarning, match="lower the outer loss by 0.0% at most"):
         tried = search_lr(optimizer, [partial(loss, model, x, y) for x, y in batches(3)])
     assert optimizer.hyperparameters["lr"]().item() == pytest.approx(max(tried))
+
+
+def test_where_the_outer_loss_is_no_number_the_lr_is_the_first():
+    model = network()
+    optimizer = HyperOptimizer(built("SGD", model, 0.1), model, lambda: loss(model, *batches(1)[0]))
+    with pytest.warns(hypertorch.HypertorchWarning, match="says little of η"):
+        tried = search_lr(
+            optimizer,
+            [partial(loss, model, x, y) for x, y in batches(3)],
+            lambda: math.nan * loss(model, *batches(1)[0]),
+        )
+    assert set(tried.values()) == {math.inf}
+    assert optimizer.hyperparameters["lr"]().item() in [pytest.approx(rate) for rate in tried]
 
 
 @pytest.mark.parametrize(
