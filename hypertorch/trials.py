@@ -179,15 +179,13 @@ class _Search:
         self.first = self._modest()
         for self.length in lengths:
             self.found, self.usual = {}, math.inf
-            best = self._best(before)
-            share = fallen(before, self.found[best])
-            if share >= CLEAR:
+            self._explore(before)
+            if self._share(before) >= CLEAR:
                 break
-        boldest = self._boldest(before) if share < TELLING else 0
-        best = min(self.found, key=lambda tried: self.found[tried])
-        share = fallen(before, self.found[best])
+        boldest = self._boldest(before) if self._share(before) < TELLING else 0
+        share = self._share(before)
         if share >= TELLING:
-            return self.rate(best)
+            return self.rate(min(self.found, key=lambda tried: self.found[tried]))
         rate = self.rate(boldest)
         warnings.warn(
             f"{self.length} training steps lower the outer loss by {max(0.0, share):.1%} at "
@@ -198,8 +196,12 @@ class _Search:
         )
         return rate
 
-    def _best(self, before: float) -> int:
-        """Return the η after which E is least, going up or down from the first one."""
+    def _share(self, before: float) -> float:
+        """Return by what share the best trial lowers E."""
+        return fallen(before, min(self.found.values()))
+
+    def _explore(self, before: float) -> None:
+        """Make trials, going up or down from the first η to where E is least."""
         rounding, best = 1e-5 * abs(before), 0  # a tiny η changes E by less
         if self._trial(0) <= before + rounding:
             while self._is_allowed(best + 2) and (
@@ -213,7 +215,6 @@ class _Search:
             best -= 2
         lower, higher = (self.found.get(side, math.inf) for side in (best - 2, best + 2))
         self._trial(best - 1 if lower < higher else best + 1)
-        return min(self.found, key=lambda tried: self.found[tried])
 
     def _boldest(self, before: float) -> int:
         """Return half a decade below the largest η that leaves E, and the gradient, as they are.
