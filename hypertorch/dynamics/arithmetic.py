@@ -49,6 +49,11 @@ def axpy(a: Number, x: Tensor, y: Tensor) -> Tensor:
     return torch.addcmul(y, x, a)
 
 
+def axpy_(a: Number, x: Tensor, y: Tensor) -> Tensor:
+    """Add a x to y in place, and return y; for numbers that are in no graph."""
+    return y.addcmul_(x, a) if isinstance(a, Tensor) else y.add_(x, alpha=a)
+
+
 def regularised(param: Tensor, grad: Tensor, weight_decay: Number, maximize: bool) -> Tensor:
     """Return g_t = ±∇L(w) + λ w: minus where L is maximized."""
     grad = -grad if maximize else grad

@@ -31,6 +31,25 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
+class Inverse:
+    """Φ⁻¹ of one tensor, in two parts: ∇L(w_{t-1}) is known once w_{t-1} is.
+
+    Both may write to the parts of s_t that they are given, which nobody needs any longer.
+
+    Attributes:
+        param: `(param, buffers, **settings) -> param`: w_{t-1} from s_t.
+        buffers: `(param, grad, buffers, **settings) -> buffers`: those of t - 1, from w_{t-1},
+            ∇L(w_{t-1}) and the buffers of t.
+        growth: `(**settings) -> number`: how much a step back magnifies rounding, at most; infinite
+            where there is none.
+    """
+
+    param: Callable[..., Tensor]
+    buffers: Callable[..., Buffers]
+    growth: Callable[..., float | Tensor]
+
+
+@dataclass(frozen=True)
 class Dynamics:
     """Φ of one kind of optimizer: s_t = Φ_t(s_{t-1}, λ), one tensor at a time.
 
@@ -38,11 +57,13 @@ class Dynamics:
         update: the pure function `(param, grad, buffers, **settings) -> (param, buffers)`.
         constraints: the settings that can be learned and the set each lives in.
         flags: options that `update` reads and that are not learned.
+        inverse: Φ⁻¹, where it has one.
     """
 
     update: Update
     constraints: Mapping[str, Constraint]
     flags: tuple[str, ...]
+    inverse: Inverse | None = None
 
     def settings(self, group: Mapping[str, Any], index: int) -> dict[str, Any]:
         """Return the keyword arguments of `update` for parameter number `index` of `group`."""
@@ -87,6 +108,7 @@ def register_dynamics(
     update: Update,
     constraints: Mapping[str, Constraint],
     flags: tuple[str, ...] = (),
+    inverse: Inverse | None = None,
 ) -> None:
     """Teach hypertorch, and `higher`, the Φ of an optimizer class.
 
@@ -101,6 +123,8 @@ def register_dynamics(
         flags: keyword arguments of `update` taken from the param group unchanged. A
             `Hyperparameter` of any shape may lie there too, such as one learning rate per step;
             `update` calls it, and it is learned when it is passed in `learn`.
+        inverse: Φ⁻¹, by which `Replay` finds states that it did not store; `None`: it makes the
+            steps again.
 
     Example:
         >>> from hypertorch import positive
@@ -109,7 +133,7 @@ def register_dynamics(
         ...     return param - lr * grad.sign(), buffers
         >>> register_dynamics(SignSGD, sign_sgd, {"lr": positive})
     """
-    dynamics = Dynamics(update, dict(constraints), tuple(flags))
+    dynamics = Dynamics(update, dict(constraints), tuple(flags), inverse)
     _REGISTRY[optimizer_type] = dynamics
     name = f"Unrolled{optimizer_type.__name__}"
     _UNROLLED[optimizer_type] = type(name, (_Unrolled,), {"dynamics": dynamics})

@@ -6,7 +6,7 @@ to: a step that is made again has weights of its own, in the model's slots.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakSet
@@ -48,6 +48,7 @@ class _Made:
     modes: ModuleModes
     randomness: TorchRandomState
     loss: Tensor
+    moved: list[bool]
 
 
 #: How far the loss of a step that is made again may be off, of itself and at all, by the precision
@@ -60,19 +61,21 @@ class Recording:
 
     Args:
         training: what is trained and learned.
+        measures: whether to see how much memory the first step's loss holds for its gradient.
 
     Attributes:
         start: the state before the first step.
+        activations: that memory, in bytes.
 
     Cost: one copy of the state; each step, the modules' modes and the state of torch's random
     number generators.
     """
 
-    def __init__(self, training: Training) -> None:
-        self.training = training
+    def __init__(self, training: Training, measures: bool = False) -> None:
+        self.training, self._measures = training, measures
         self.start = self.present()
         self._made: list[_Made] = []
-        self._precision = torch.float64
+        self.activations, self._precision = 0, torch.float64
 
     def __len__(self) -> int:
         return len(self._made)
@@ -89,17 +92,28 @@ class Recording:
             WindowError: the loss does not depend on the weights.
         """
         modes, randomness = ModuleModes(self.training.slots.model), TorchRandomState()
-        loss = step.evaluate()
+        is_measured = self._measures and not self._made
+        with NewMemory() if is_measured else nullcontext() as memory:
+            loss = step.evaluate()
+        if memory is not None:
+            self.activations = memory.nbytes(besides=[])
         if not self._made:
             self._precision = narrowest(loss)
         grads = gradients(loss, self.training.slots.params)
         step.make(grads)
         assert step.closure is not None
-        self._made.append(_Made(step.transition, step.closure, modes, randomness, loss.detach()))
+        moved = [grad is not None for grad in grads]
+        self._made.append(
+            _Made(step.transition, step.closure, modes, randomness, loss.detach(), moved)
+        )
 
     def transition(self, t: int) -> Transition:
         """Return Φ of step number `t`."""
         return self._made[t].transition
+
+    def moved(self, t: int) -> list[bool]:
+        """Return whether each parameter had a gradient in step number `t`."""
+        return self._made[t].moved
 
     def loss_again(self, t: int, params: Sequence[Tensor]) -> Tensor:
         """Compute the inner loss of step `t` at other weights, in its modes, with its noise."""

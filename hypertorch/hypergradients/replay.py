@@ -1,11 +1,12 @@
 """Reverse mode that recomputes: α_{t-1} = A_tᵀ α_t along states that were stored, not graphs.
 
-Each step is differentiated by itself, from its stored state, with the random numbers and module
-buffers it was made with. Between stored states the steps are made again.
+Each step is differentiated by itself, from its state, with the random numbers and module buffers it
+was made with. A state that was not stored is found from the one after it, where Φ has an inverse
+(SGD with momentum), or by making the steps again from the stored one before it.
 """
 
 import math
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -13,7 +14,7 @@ from torch import Tensor
 from ..errors import check_number
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
-from ..transition import Linearised, vjp
+from ..transition import Gradients, Linearised, vjp
 from .engine import (
     Carried,
     Engine,
@@ -25,6 +26,7 @@ from .engine import (
     completed,
     outer_gradient,
 )
+from .inverse_steps import StepBack, arrived, norms, reach
 from .recording import Moment, NewMemory, Recording, as_leaves
 
 
@@ -36,18 +38,23 @@ class Replay(Engine):
 
     Args:
         spacing: how many steps lie between two stored states: with 1 (the default) every state is
-            stored and none is computed again; with `None` the spacing grows with the window, so
-            that at most 2.4 √K states are held (76 at K = 1024), and each step is made once more:
-            with its graph where that fits within this number, and else for its state alone.
+            stored; with `None` the spacing grows with the window, so that at most 2.4 √K states are
+            held (76 at K = 1024).
+
+    Between stored states SGD with momentum goes back by Φ⁻¹, as long as that magnifies rounding 32
+    times at most (32 steps at μ = 0.9, 344 at 0.99), the weights are in single or double precision
+    and the module buffers small. Where that does not lead to the stored state, and for other
+    dynamics, steps are made again from there. With `None` they are too where graphs are small (a
+    perceptron's takes a tenth of a state, a convolutional network's may take hundreds), and kept.
 
     Cost: K training steps, one outer gradient, and for each step a gradient with its graph and a
-    Hessian-vector product (about three gradients); with a spacing other than 1, one more gradient,
-    which `None` saves where activations are small beside the weights: a perceptron's graph takes a
-    tenth of a state, a convolutional network's may take hundreds.
-    Memory: K / spacing + spacing states, and the graph of one step.
+    Hessian-vector product (about three gradients); one more gradient where steps are made again
+    whose graphs are not kept.
+    Memory: K / spacing + spacing states, or K / spacing where Φ⁻¹ is used, and a step's graph.
 
     References:
-        Franceschi et al. 2017, eq. (7)-(9); checkpoints as in Griewank 1992 and Shaban et al. 2019.
+        Franceschi et al. 2017, eq. (7)-(9); checkpoints as in Griewank 1992 and Shaban et al. 2019;
+        Φ⁻¹ of Maclaurin et al. 2015, algorithm 2.
     """
 
     needs = "closure"
@@ -64,7 +71,12 @@ class Replay(Engine):
 
     def cost(self, horizon: int, training: Training) -> float:
         """Return K + 1 + 3 K, or K + 1 + 4 K where every step is made again once more."""
-        return horizon + 1 + (3 if self.spacing == 1 else 4) * horizon
+        spacing = self.spacing or 1
+        if self.spacing is None:
+            while horizon > 4 * spacing**2:
+                spacing *= 2
+        is_made_once = spacing == 1 or spacing - 1 <= reach(training)
+        return horizon + 1 + (3 if is_made_once else 4) * horizon
 
     def __repr__(self) -> str:
         return f"Replay(spacing={self.spacing})"
@@ -72,6 +84,9 @@ class Replay(Engine):
 
 #: States held together at most, over √K, where the spacing grows.
 MOST = 2.4
+
+#: Activations of a step, over a state, below which the graphs of a whole segment find room.
+SMALL = 0.25
 
 
 @dataclass
@@ -82,13 +97,15 @@ class _Ready:
         state: s_{t-1}, in leaves.
         following: s_t, in the graph of s_{t-1} and λ.
         loss: without a graph.
-        graph: its memory, in states.
     """
 
     state: State
     following: State
     loss: Tensor
-    graph: float
+
+
+class _AstrayError(Exception):
+    """The way back does not lead to the stored state."""
 
 
 class ReplayedWindow(LiveWindow):
@@ -101,9 +118,11 @@ class ReplayedWindow(LiveWindow):
 
     def __init__(self, training: Training, spacing: int | None) -> None:
         super().__init__(training)
-        self._recording = Recording(training)
         self._grows, self._spacing = spacing is None, spacing or 1
+        self._reach = 0.0 if spacing == 1 else reach(training)
+        self._recording = Recording(training, measures=self._grows and self._reach > 0)
         self._stored: dict[int, Moment] = {0: self._recording.start}
+        self._module_buffers: list[ModuleBuffers] = []  # before each step, for the way back
         self.states_held = 1
         self._graph: float | None = None  # the memory of a step's graph, in states
 
@@ -113,14 +132,39 @@ class ReplayedWindow(LiveWindow):
         if t and t % self._spacing == 0:
             self._stored[t] = self._recording.present()
             self.states_held = max(self.states_held, len(self._stored))
-        if self._grows and len(self._stored) >= max(4, 2 * self._spacing):
+        if self._grows and len(self._stored) > self._most():
             self._thin_out()
+        if self._goes_back:
+            self._module_buffers.append(self._buffers_now())
         self._recording.make(step)
+        if t == 0 and self._grows and self._graphs_are_small():
+            self._reach = 0.0
+
+    def _graphs_are_small(self) -> bool:
+        """Whether steps are best made again with graphs that are all kept."""
+        state = State.of(self.training.optimizer).parts().values()
+        return self._recording.activations < SMALL * sum(part.nbytes for part in state)
+
+    @property
+    def _goes_back(self) -> bool:
+        """Whether Φ⁻¹ finds the states between those that are stored."""
+        return self._reach >= max(1, self._spacing - 1)
+
+    def _most(self) -> int:
+        """Return how many states may be stored: steps made again need as many between them."""
+        return 4 * self._spacing if self._goes_back else max(3, 2 * self._spacing - 1)
 
     def _thin_out(self) -> None:
         """Double the spacing: every other stored state goes."""
         self._spacing *= 2
         self._stored = {t: kept for t, kept in self._stored.items() if t % self._spacing == 0}
+        if not self._goes_back:
+            self._module_buffers.clear()
+
+    def _buffers_now(self) -> ModuleBuffers:
+        """Return a copy of the module buffers, or what there is where there are none."""
+        start = self._recording.start.module_buffers
+        return ModuleBuffers(self.training.slots.model) if start.values() else start
 
     def hypergradient(self, outer_loss: OuterLoss) -> tuple[Tensor, dict[str, Tensor]]:
         """Return E and dE/dλ.
@@ -132,29 +176,70 @@ class ReplayedWindow(LiveWindow):
             values = self.training.values()
             loss, at_end, total = outer_gradient(outer_loss, self.params, values)
             adjoint, end = by_place(at_end), len(self._recording)
+            after = State.of(self.training.optimizer)
             for start in sorted(self._stored, reverse=True):
-                adjoint, found = self._through_segment(start, end, adjoint)
-                total, end = added(total, found), start
+                adjoint, found = self._through_segment(start, end, after, adjoint)
+                total, end, after = added(total, found), start, self._stored.pop(start).state
             return loss, completed(total, values)
 
     def _through_segment(
-        self, start: int, end: int, adjoint: Parts
+        self, start: int, end: int, after: State, adjoint: Parts
     ) -> tuple[Parts, dict[str, Tensor]]:
-        """Take α from step `end` back to step `start`; return it, and Σ Bᵀα on the way."""
+        """Take α from `after`, the state at step `end`, to step `start`; also return Σ Bᵀα."""
+        known = [buffers.keys() for buffers in self._stored[start].state.buffers]
+        if self._goes_back and known == [buffers.keys() for buffers in after.buffers]:
+            try:
+                return self._along(start, self._back(start, end, after), adjoint)
+            except _AstrayError:
+                pass  # such as where the loss explodes
+        return self._along(start, self._again(start, end), adjoint)
+
+    def _along(
+        self, start: int, steps: Iterator[_Ready], adjoint: Parts
+    ) -> tuple[Parts, dict[str, Tensor]]:
+        """Take α through steps, the last one first, down to step `start`."""
         losses, total = [], dict[str, Tensor]()
+        for step in steps:
+            values = self.training.values()
+            adjoint, of_hyperparameters = vjp(step.state, values, step.following, adjoint)
+            total = added(total, of_hyperparameters)
+            losses.append(step.loss)
+            del step  # its graph goes before there is another
+        self._recording.check(reversed(losses), first=start)
+        return adjoint, total
+
+    def _back(self, start: int, end: int, after: State) -> Iterator[_Ready]:
+        """Yield the steps from `end` back to `start`, of which the first state alone is stored.
+
+        Raises:
+            _AstrayError: the way back does not lead there.
+        """
+        stored, after, sizes = self._stored[start], after.copied(), norms(after.params)
+        for t in reversed(range(start + 1, end)):
+            back = self._step_back(t, after)
+            self._module_buffers[t].restore()
+            ready = self._ready(t, back.params, back.state)
+            after = ready.state.map(Tensor.detach)
+            yield ready
+            del ready
+        if not arrived(self._step_back(start, after).params, stored.state.params, sizes):
+            raise _AstrayError
+        stored.module_buffers.restore()
+        yield self._ready_at(start, stored.state)
+
+    def _step_back(self, t: int, after: State) -> StepBack:
+        return StepBack(self._recording.transition(t), after, self._recording.moved(t))
+
+    def _again(self, start: int, end: int) -> Iterator[_Ready]:
+        """Yield the steps from `end` back to `start`, which are made again from there."""
         waiting = self._segment(start, end)
         for t in reversed(range(start, end)):
             step = waiting.pop()
             if isinstance(step, Moment):
                 step.module_buffers.restore()
-                step = self._ready(t, step.state)
-            values = self.training.values()
-            adjoint, of_hyperparameters = vjp(step.state, values, step.following, adjoint)
-            total = added(total, of_hyperparameters)
-            losses.append(step.loss)
-        self._recording.check(reversed(losses), first=start)
-        del self._stored[start]
-        return adjoint, total
+                step = self._ready_at(t, step.state)
+            yield step
+            del step
 
     def _segment(self, start: int, end: int) -> list[Moment | _Ready]:
         """Make the steps from `start` to `end` again, with graphs as far as there is room."""
@@ -165,10 +250,9 @@ class ReplayedWindow(LiveWindow):
         room = MOST * math.sqrt(len(recording)) if self._grows else 0.0
         for t in range(start, end - 1):
             if held + (self._graph or 0.0) <= room:  # the first one is made to measure it
-                step = self._ready(t, moment.state, is_measured=self._graph is None)
-                state = step.following.map(Tensor.detach)
-                fits = held + step.graph <= room
-                held += step.graph if fits else 0.0
+                step, graph = self._measured(t, moment.state)
+                state, fits = step.following.map(Tensor.detach), held + graph <= room
+                held += graph if fits else 0.0
                 waiting.append(step if fits else moment)
             else:
                 state, _ = recording.again(t, moment.state)
@@ -177,24 +261,31 @@ class ReplayedWindow(LiveWindow):
         self.states_held = max(self.states_held, math.ceil(held))
         return [*waiting, moment]
 
-    def _ready(self, t: int, state: State, is_measured: bool = False) -> _Ready:
-        """Make step `t` from `state`, with its graph, which may be measured."""
-        with NewMemory() if is_measured else nullcontext() as memory:
-            state = self._leaves(state)
-            loss = self._recording.loss_again(t, state.params)
-            hyperparameters = self.training.hyperparameters
-            linearised = Linearised(self._recording.transition(t), state, loss, hyperparameters)
-            following = linearised.next_state()
-        del linearised  # ∇L, which few graphs hold
-        if memory is not None:
-            parts = following.parts().values()
-            self._graph = memory.nbytes(besides=parts) / sum(p.nbytes for p in parts)
-        return _Ready(state, following, loss.detach(), self._graph or 0.0)
+    def _measured(self, t: int, state: State) -> tuple[_Ready, float]:
+        """Make step `t` from `state`, with its graph; return its memory, in states, too."""
+        if self._graph is not None:
+            return self._ready_at(t, state), self._graph
+        with NewMemory() as memory:
+            step = self._ready_at(t, state)
+        parts = step.following.parts().values()
+        self._graph = memory.nbytes(besides=parts) / sum(part.nbytes for part in parts)
+        return step, self._graph
 
-    def _leaves(self, state: State) -> State:
-        """Return the state as leaves: weights that train, and all buffers, differentiable."""
-        free = state.map(lambda part: part.detach().requires_grad_())
-        return State(as_leaves(state.params, self.training.slots.params), free.buffers)
+    def _ready_at(self, t: int, state: State) -> _Ready:
+        """Make step `t` from `state`, with its graph."""
+        return self._ready(t, state.params, lambda grads: state)
+
+    def _ready(
+        self, t: int, params: Sequence[Tensor], state_of: Callable[[Gradients], State]
+    ) -> _Ready:
+        """Make step `t`, with its graph, from a state that may follow from ∇L at its weights."""
+        leaves = as_leaves(params, self.training.slots.params)
+        loss = self._recording.loss_again(t, leaves)
+        hyperparameters, transition = self.training.hyperparameters, self._recording.transition(t)
+        linearised = Linearised(transition, State(leaves, []), loss, hyperparameters)
+        free = state_of(linearised.settled_grads()).map(lambda p: p.detach().requires_grad_())
+        linearised = linearised.with_buffers(free.buffers)
+        return _Ready(linearised.state, linearised.next_state(), loss.detach())
 
     def close(self) -> Carried | None:
         """Forget the states."""

@@ -94,7 +94,7 @@ def test_growing_spacing_holds_few_states(horizon, monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "rows", "calls"),
-    [("SGD with momentum", 4, 32), ("SGD with momentum", 400, 44), ("AdamW", 400, 44)],
+    [("SGD with momentum", 4, 32), ("SGD with Nesterov", 400, 44), ("AdamW", 400, 44)],
 )
 def test_steps_are_made_again_once_where_their_graphs_are_small(name, rows, calls):
     """Four segments of four steps: of large graphs one is held, and states are made before it."""
