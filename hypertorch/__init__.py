@@ -11,7 +11,7 @@ from .bilevel import HOAG
 from .calibration import calibrated_cross_entropy
 from .check import check_hypergradient
 from .constraints import interval, positive, real, simplex, unit_interval
-from .dynamics import register_dynamics
+from .dynamics import Inverse, register_dynamics
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
@@ -72,6 +72,7 @@ __all__ = [
     "HypertorchError",
     "HypertorchWarning",
     "Implicit",
+    "Inverse",
     "Lanczos",
     "NormalConjugateGradient",
     "Nystrom",

@@ -3,6 +3,7 @@
 from . import adagrad, adam, rmsprop, sgd
 from .registry import (
     Dynamics,
+    Inverse,
     check_learnable,
     check_options,
     dynamics_of,
@@ -15,6 +16,7 @@ from .shrinking import shrinking
 
 __all__ = [
     "Dynamics",
+    "Inverse",
     "adagrad",
     "adam",
     "check_learnable",

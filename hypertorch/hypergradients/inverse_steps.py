@@ -24,6 +24,10 @@ MOST_GROWTH, MOST_OFF = 32.0, 256.0
 MOST_BUFFERS = 1 / 64
 
 
+class Astray(Exception):
+    """The way back does not lead to the stored state."""
+
+
 def reach(training: Training) -> float:
     """Return how many steps back may be taken from a state; 0 where Φ has no inverse.
 
@@ -68,12 +72,19 @@ class StepBack:
 
     Attributes:
         params: w_{t-1}.
+
+    Raises:
+        Astray: a schedule has set μ to 0 in this step.
     """
 
     def __init__(self, transition: Transition, after: State, moved: Sequence[bool]) -> None:
         assert transition.dynamics.inverse is not None
         self._inverse, self._after = transition.dynamics.inverse, after
         self._settings = transition.parameter_settings()
+        both = zip(self._settings, moved, strict=True)
+        growths = [self._inverse.growth(**own) for own, has_moved in both if has_moved]
+        if any(g == math.inf for g in growths if not isinstance(g, Tensor)):
+            raise Astray
         with torch.no_grad():
             self.params = [
                 self._inverse.param(param, buffers, **own) if has_moved else param
@@ -99,13 +110,18 @@ def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     return [torch.linalg.vector_norm(t.detach()) for t in tensors]
 
 
-def arrived(found: Sequence[Tensor], stored: Sequence[Tensor], sizes: Sequence[Tensor]) -> bool:
-    """Return whether weights that were found are, to rounding, those that were stored.
+def check_arrival(
+    found: Sequence[Tensor], stored: Sequence[Tensor], sizes: Sequence[Tensor]
+) -> None:
+    """Raise unless weights that were found are, to rounding, those that were stored.
 
     Args:
         found: by the way back.
         stored: what they should be.
         sizes: norms of the weights where the way back began.
+
+    Raises:
+        Astray: they are not, such as where weights explode, and are lost in later ones' rounding.
 
     Cost: three passes over the weights, and one number read from the device.
     """
@@ -114,4 +130,5 @@ def arrived(found: Sequence[Tensor], stored: Sequence[Tensor], sizes: Sequence[T
         o <= MOST_OFF * torch.finfo(o.dtype).eps * torch.maximum(own, size)
         for o, own, size in zip(off, norms(stored), sizes, strict=True)
     ]
-    return bool(torch.stack([w.to(within[0].device) for w in within]).all())
+    if not torch.stack([w.to(within[0].device) for w in within]).all():
+        raise Astray

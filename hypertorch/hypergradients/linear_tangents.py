@@ -39,7 +39,7 @@ class _Vector(Tensor):
         vectors = [isinstance(a, _Vector) for a in args]
         with torch._C.DisableTorchFunctionSubclass():
             value = func(*args, **(kwargs or {}))
-        if name in ("get", "dim") and not isinstance(value, Tensor):
+        if name in ("get", "dim", "numel") and not isinstance(value, Tensor):
             return value
         if name in _LINEAR and _LINEAR[name](vectors) and all(map(_is_fitting, args)):
             return value.as_subclass(_Vector)

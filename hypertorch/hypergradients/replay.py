@@ -26,7 +26,7 @@ from .engine import (
     completed,
     outer_gradient,
 )
-from .inverse_steps import StepBack, arrived, norms, reach
+from .inverse_steps import Astray, StepBack, check_arrival, norms, reach
 from .recording import Moment, NewMemory, Recording, as_leaves
 
 
@@ -102,10 +102,6 @@ class _Ready:
     state: State
     following: State
     loss: Tensor
-
-
-class _AstrayError(Exception):
-    """The way back does not lead to the stored state."""
 
 
 class ReplayedWindow(LiveWindow):
@@ -190,8 +186,8 @@ class ReplayedWindow(LiveWindow):
         if self._goes_back and known == [buffers.keys() for buffers in after.buffers]:
             try:
                 return self._along(start, self._back(start, end, after), adjoint)
-            except _AstrayError:
-                pass  # such as where the loss explodes
+            except Astray:
+                pass
         return self._along(start, self._again(start, end), adjoint)
 
     def _along(
@@ -212,7 +208,7 @@ class ReplayedWindow(LiveWindow):
         """Yield the steps from `end` back to `start`, of which the first state alone is stored.
 
         Raises:
-            _AstrayError: the way back does not lead there.
+            Astray: the way back does not lead there.
         """
         stored, after, sizes = self._stored[start], after.copied(), norms(after.params)
         for t in reversed(range(start + 1, end)):
@@ -222,8 +218,7 @@ class ReplayedWindow(LiveWindow):
             after = ready.state.map(Tensor.detach)
             yield ready
             del ready
-        if not arrived(self._step_back(start, after).params, stored.state.params, sizes):
-            raise _AstrayError
+        check_arrival(self._step_back(start, after).params, stored.state.params, sizes)
         stored.module_buffers.restore()
         yield self._ready_at(start, stored.state)
 

@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, optim
 
-from hypertorch.dynamics import dynamics_of
+from hypertorch.dynamics import arithmetic, dynamics_of
 from hypertorch.dynamics.arithmetic import axpy
 
 STEPS = 5
@@ -145,7 +145,11 @@ def test_radam_before_its_rectification_has_a_hypergradient_of_exactly_zero(beta
     assert torch.autograd.grad(weights.sum(), rate)[0].item() == 0
 
 
-def test_a_scaled_sum_has_the_first_and_second_derivatives_that_autograd_finds() -> None:
+@pytest.mark.parametrize("few", [0, 100])
+def test_a_scaled_sum_has_the_first_and_second_derivatives_that_autograd_finds(
+    few: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arithmetic, "FEW", few)
     a = torch.tensor(0.7, requires_grad=True)
     x, y = (torch.randn(3, 2, requires_grad=True) for _ in range(2))
 

@@ -185,6 +185,25 @@ def test_a_way_back_that_goes_astray_is_left_for_steps_that_are_made_again(monke
         assert_close(careless.hypergradient(Replay(4), 6), expected, 1e-10)
 
 
+def test_a_schedule_that_switches_momentum_off_has_no_way_back():
+    """As one-cycle schedules move it; at 0 the buffer is not written to."""
+    results, still = [], partial(torch.optim.SGD, lr=0.0)
+    for engine in (Unroll(), Replay(4)):
+        problem = Problem(learn=("lr", "weight_decay"), dampening=0.0)
+        optimizer = HyperOptimizer(
+            problem.bare, problem.model, problem.outer, outer=still, window=12, update_every=12,
+            engine=engine,
+        )  # fmt: skip
+        torch.manual_seed(2)
+        for t in range(12):
+            optimizer.param_groups[0]["momentum"] = 0.0 if t == 6 else 0.9 - 0.02 * t
+            optimizer.step(partial(problem.loss, t))
+        assert optimizer.hypergradients is not None
+        results.append(list(optimizer.hypergradients.values()))
+    assert_close(results[1], results[0], 1e-11)
+    assert problem.calls == 12 + 12 + 1 + 3  # after a step back its segment is made again
+
+
 def test_a_momentum_that_begins_within_a_segment_is_made_again():
     """The first step's v is the gradient itself, undamped: it has no inverse."""
     results = []
