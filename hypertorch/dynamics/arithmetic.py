@@ -21,7 +21,8 @@ class _Axpy(torch.autograd.Function):
     """y + a x with a scalar a, whose derivative in a is ⟨g, x⟩, by one pass that keeps nothing.
 
     Autograd's own would write out g ∘ x before it sums, as large as the weights, at every use of
-    every learned setting. For a few numbers that is quicker than to ask Python.
+    every learned setting. For a few numbers that is quicker than to ask Python; in half precision
+    what it writes out may underflow.
     """
 
     @staticmethod
@@ -48,7 +49,8 @@ def axpy(a: Number, x: Tensor, y: Tensor) -> Tensor:
     """Return y + a x, in one operation."""
     if not isinstance(a, Tensor):
         return torch.add(y, x, alpha=a)
-    if a.dim() == 0 and x.dtype == y.dtype and x.numel() > FEW:
+    has_many = x.numel() > FEW or x.dtype in (torch.float16, torch.bfloat16)
+    if a.dim() == 0 and x.dtype == y.dtype and has_many:
         return cast(Tensor, _Axpy.apply(a, x, y))
     return torch.addcmul(y, x, a)
 

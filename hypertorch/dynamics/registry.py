@@ -34,12 +34,13 @@ _REFUSED = {
 class Inverse:
     """Φ⁻¹ of one tensor, in two parts: ∇L(w_{t-1}) is known once w_{t-1} is.
 
-    Both may write to the parts of s_t that they are given, which nobody needs any longer.
+    It is asked of tensors that had a gradient in step t. Both parts may write to those of s_t that
+    they are given, which nobody needs any longer; `settings` are the keyword arguments of Φ.
 
     Attributes:
         param: `(param, buffers, **settings) -> param`: w_{t-1} from s_t.
-        buffers: `(param, grad, buffers, **settings) -> buffers`: those of t - 1, from w_{t-1},
-            ∇L(w_{t-1}) and the buffers of t.
+        buffers: `(param, grad, buffers, **settings) -> buffers`: all of t - 1, a step counter too,
+            from w_{t-1}, ∇L(w_{t-1}) and those of t.
         growth: `(**settings) -> number`: how much a step back magnifies rounding, at most; infinite
             where there is none.
     """

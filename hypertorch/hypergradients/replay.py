@@ -26,7 +26,7 @@ from .engine import (
     completed,
     outer_gradient,
 )
-from .inverse_steps import Astray, StepBack, check_arrival, norms, reach
+from .inverse_steps import StepBack, check_arrival, is_short, reach
 from .recording import Moment, NewMemory, Recording, as_leaves
 
 
@@ -50,7 +50,8 @@ class Replay(Engine):
     Cost: K training steps, one outer gradient, and for each step a gradient with its graph and a
     Hessian-vector product (about three gradients); one more gradient where steps are made again
     whose graphs are not kept.
-    Memory: K / spacing + spacing states, or K / spacing where Φ⁻¹ is used, and a step's graph.
+    Memory: K / spacing + spacing states, and a step's graph; where Φ⁻¹ is used, K / spacing states
+    and the module buffers of each step, which are a 64th of a state at most.
 
     References:
         Franceschi et al. 2017, eq. (7)-(9); checkpoints as in Griewank 1992 and Shaban et al. 2019;
@@ -71,11 +72,11 @@ class Replay(Engine):
 
     def cost(self, horizon: int, training: Training) -> float:
         """Return K + 1 + 3 K, or K + 1 + 4 K where every step is made again once more."""
-        spacing = self.spacing or 1
+        far, spacing = reach(training), self.spacing or 1
         if self.spacing is None:
-            while horizon > 4 * spacing**2:
+            while math.ceil(horizon / spacing) > _most(spacing, far):
                 spacing *= 2
-        is_made_once = spacing == 1 or spacing - 1 <= reach(training)
+        is_made_once = spacing == 1 or _goes_back(spacing, far)
         return horizon + 1 + (3 if is_made_once else 4) * horizon
 
     def __repr__(self) -> str:
@@ -87,6 +88,16 @@ MOST = 2.4
 
 #: Activations of a step, over a state, below which the graphs of a whole segment find room.
 SMALL = 0.25
+
+
+def _goes_back(spacing: int, reach: float) -> bool:
+    """Whether Φ⁻¹ finds the states between those that are stored."""
+    return reach >= max(1, spacing - 1)
+
+
+def _most(spacing: int, reach: float) -> int:
+    """Return how many states may be stored: steps made again need as many between them."""
+    return 4 * spacing if _goes_back(spacing, reach) else max(3, 2 * spacing - 1)
 
 
 @dataclass
@@ -128,7 +139,7 @@ class ReplayedWindow(LiveWindow):
         if t and t % self._spacing == 0:
             self._stored[t] = self._recording.present()
             self.states_held = max(self.states_held, len(self._stored))
-        if self._grows and len(self._stored) > self._most():
+        if self._grows and len(self._stored) > _most(self._spacing, self._reach):
             self._thin_out()
         if self._goes_back:
             self._module_buffers.append(self._buffers_now())
@@ -143,12 +154,7 @@ class ReplayedWindow(LiveWindow):
 
     @property
     def _goes_back(self) -> bool:
-        """Whether Φ⁻¹ finds the states between those that are stored."""
-        return self._reach >= max(1, self._spacing - 1)
-
-    def _most(self) -> int:
-        """Return how many states may be stored: steps made again need as many between them."""
-        return 4 * self._spacing if self._goes_back else max(3, 2 * self._spacing - 1)
+        return _goes_back(self._spacing, self._reach)
 
     def _thin_out(self) -> None:
         """Double the spacing: every other stored state goes."""
@@ -176,19 +182,27 @@ class ReplayedWindow(LiveWindow):
             for start in sorted(self._stored, reverse=True):
                 adjoint, found = self._through_segment(start, end, after, adjoint)
                 total, end, after = added(total, found), start, self._stored.pop(start).state
+                del self._module_buffers[start:]
             return loss, completed(total, values)
 
     def _through_segment(
         self, start: int, end: int, after: State, adjoint: Parts
     ) -> tuple[Parts, dict[str, Tensor]]:
         """Take α from `after`, the state at step `end`, to step `start`; also return Σ Bᵀα."""
-        known = [buffers.keys() for buffers in self._stored[start].state.buffers]
-        if self._goes_back and known == [buffers.keys() for buffers in after.buffers]:
+        if self._has_way_back(start, end, after):
             try:
                 return self._along(start, self._back(start, end, after), adjoint)
-            except Astray:
+            except Exception:  # at wrong weights anything is raised: what is real is so again
                 pass
         return self._along(start, self._again(start, end), adjoint)
+
+    def _has_way_back(self, start: int, end: int, after: State) -> bool:
+        """Whether Φ⁻¹ finds the states between `start` and `end`, one at the least."""
+        if not self._goes_back or end - start == 1:
+            return False
+        stored, steps = self._stored[start].state, range(start + 1, end)
+        has_same = [b.keys() for b in stored.buffers] == [b.keys() for b in after.buffers]
+        return has_same and is_short(self._recording.transition(t) for t in steps)
 
     def _along(
         self, start: int, steps: Iterator[_Ready], adjoint: Parts
@@ -197,7 +211,9 @@ class ReplayedWindow(LiveWindow):
         losses, total = [], dict[str, Tensor]()
         for step in steps:
             values = self.training.values()
-            adjoint, of_hyperparameters = vjp(step.state, values, step.following, adjoint)
+            adjoint, of_hyperparameters = vjp(
+                step.state, values, step.following, adjoint, keeps_graph=False
+            )
             total = added(total, of_hyperparameters)
             losses.append(step.loss)
             del step  # its graph goes before there is another
@@ -210,7 +226,7 @@ class ReplayedWindow(LiveWindow):
         Raises:
             Astray: the way back does not lead there.
         """
-        stored, after, sizes = self._stored[start], after.copied(), norms(after.params)
+        stored, after = self._stored[start], after.copied()
         for t in reversed(range(start + 1, end)):
             back = self._step_back(t, after)
             self._module_buffers[t].restore()
@@ -218,7 +234,7 @@ class ReplayedWindow(LiveWindow):
             after = ready.state.map(Tensor.detach)
             yield ready
             del ready
-        check_arrival(self._step_back(start, after).params, stored.state.params, sizes)
+        check_arrival(self._step_back(start, after).params, stored.state.params)
         stored.module_buffers.restore()
         yield self._ready_at(start, stored.state)
 
@@ -285,4 +301,5 @@ class ReplayedWindow(LiveWindow):
     def close(self) -> Carried | None:
         """Forget the states."""
         self._stored.clear()
+        self._module_buffers.clear()
         return None

@@ -158,3 +158,12 @@ def test_a_scaled_sum_has_the_first_and_second_derivatives_that_autograd_finds(
 
     assert torch.autograd.gradcheck(curved, (a, x, y))
     assert torch.autograd.gradgradcheck(curved, (a, x, y))
+
+
+def test_small_products_do_not_underflow_in_half_precision() -> None:
+    """A derivative in a is ⟨g, x⟩, whose terms float16 does not hold."""
+    a = torch.tensor(0.5, requires_grad=True)
+    x = torch.full((1000,), 1e-4).half().requires_grad_()
+    axpy(a, x, torch.zeros_like(x)).backward(x.detach())
+    assert a.grad is not None
+    assert a.grad.item() == pytest.approx(float(x.double().square().sum()), rel=1e-2)
