@@ -60,6 +60,11 @@ class State:
             if isinstance(value, Tensor) and value.is_floating_point() and key != "step"
         }
 
+    @property
+    def nbytes(self) -> int:
+        """How many bytes its parts hold."""
+        return sum(part.nbytes for part in self.parts().values())
+
     def replaced(self, parts: "Parts") -> "State":
         """Return this state with other tensors in the place of some of its parts."""
         params = [parts.get((i, "param"), p) for i, p in enumerate(self.params)]

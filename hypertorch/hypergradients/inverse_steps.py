@@ -7,7 +7,6 @@ arrives at a stored state it is compared with it.
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,11 +36,10 @@ def reach(training: Training) -> float:
     Cost: at most one number is read from the device.
     """
     inverse, optimizer = training.dynamics.inverse, training.optimizer
-    state, own = State.of(optimizer), training.slots.model.buffers()
+    state = State.of(optimizer)
     is_exact = {p.dtype for p in state.params} <= {torch.float32, torch.float64}
-    if inverse is None or not is_exact:
-        return 0
-    if _nbytes(own) > MOST_BUFFERS * _nbytes(state.parts().values()):
+    kept = sum(b.numel() * b.element_size() for b in training.slots.model.buffers())
+    if inverse is None or not is_exact or kept > MOST_BUFFERS * state.nbytes:
         return 0
     groups = optimizer.param_groups
     now = Transition(training.dynamics, groups, training.settings, [1.0] * len(groups))
@@ -49,10 +47,6 @@ def reach(training: Training) -> float:
     if not math.isfinite(growth):
         return 0
     return math.log(MOST_GROWTH) / math.log(growth) if growth > 1 else math.inf
-
-
-def _nbytes(tensors: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _largest(numbers: Sequence[float | Tensor]) -> float:

@@ -68,11 +68,15 @@ class Replay(Engine):
 
     def open(self, training: Training, carried: Carried | None = None) -> "ReplayedWindow":
         """Start a recording at the present weights and buffers."""
-        return ReplayedWindow(training, self.spacing)
+        return ReplayedWindow(training, self.spacing, self._reach(training))
+
+    def _reach(self, training: Training) -> float:
+        """Return how many steps back Φ⁻¹ may go: none is needed where every state is stored."""
+        return 0.0 if self.spacing == 1 else reach(training)
 
     def cost(self, horizon: int, training: Training) -> float:
         """Return K + 1 + 3 K, or K + 1 + 4 K where every step is made again once more."""
-        far, spacing = reach(training), self.spacing or 1
+        far, spacing = self._reach(training), self.spacing or 1
         if self.spacing is None:
             while math.ceil(horizon / spacing) > _most(spacing, far):
                 spacing *= 2
@@ -123,11 +127,11 @@ class ReplayedWindow(LiveWindow):
             for later counted in states.
     """
 
-    def __init__(self, training: Training, spacing: int | None) -> None:
+    def __init__(self, training: Training, spacing: int | None, reach: float) -> None:
         super().__init__(training)
         self._grows, self._spacing = spacing is None, spacing or 1
-        self._reach = 0.0 if spacing == 1 else reach(training)
-        self._recording = Recording(training, measures=self._grows and self._reach > 0)
+        self._reach = reach
+        self._recording = Recording(training, measures=self._grows and reach > 0)
         self._stored: dict[int, Moment] = {0: self._recording.start}
         self._module_buffers: list[ModuleBuffers] = []  # before each step, for the way back
         self.states_held = 1
@@ -149,8 +153,7 @@ class ReplayedWindow(LiveWindow):
 
     def _graphs_are_small(self) -> bool:
         """Whether steps are best made again with graphs that are all kept."""
-        state = State.of(self.training.optimizer).parts().values()
-        return self._recording.activations < SMALL * sum(part.nbytes for part in state)
+        return self._recording.activations < SMALL * State.of(self.training.optimizer).nbytes
 
     @property
     def _goes_back(self) -> bool:
@@ -278,8 +281,8 @@ class ReplayedWindow(LiveWindow):
             return self._ready_at(t, state), self._graph
         with NewMemory() as memory:
             step = self._ready_at(t, state)
-        parts = step.following.parts().values()
-        self._graph = memory.nbytes(besides=parts) / sum(part.nbytes for part in parts)
+        after = step.following
+        self._graph = memory.nbytes(besides=after.parts().values()) / after.nbytes
         return step, self._graph
 
     def _ready_at(self, t: int, state: State) -> _Ready:

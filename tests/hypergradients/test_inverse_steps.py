@@ -13,13 +13,14 @@ from hypertorch import HyperOptimizer, Replay, Unroll, hypergradient
 from hypertorch.dynamics import dynamics_of
 from hypertorch.state import State
 
+SETTINGS = {"lr": 0.05, "momentum": 0.85, "dampening": 0.2, "weight_decay": 0.03}
 NESTEROV = {"dampening": 0.0, "nesterov": True}
 LEARN = ("lr", "weight_decay", "momentum", "dampening")
 
 
-def model_of(seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
+def model_of(dtype: torch.dtype = torch.float64) -> nn.Module:
     """Noise, statistics, and activations that are large beside the weights."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     layers = nn.Linear(200, 40), nn.BatchNorm1d(40), nn.Dropout(0.2), nn.Tanh(), nn.Linear(40, 3)
     return nn.Sequential(*layers).to(dtype)
 
@@ -34,8 +35,8 @@ class Problem:
         dtype: torch.dtype = torch.float64,
         **settings: Any,
     ) -> None:
-        self.model = model_of(dtype=dtype) if model is None else model
-        self.bare = torch.optim.SGD(self.model.parameters(), **{**self.defaults(), **settings})
+        self.model = model_of(dtype) if model is None else model
+        self.bare = torch.optim.SGD(self.model.parameters(), **{**SETTINGS, **settings})
         self.calls = 0
         torch.manual_seed(5)
         self.data = [
@@ -48,10 +49,6 @@ class Problem:
             self.bare.step()
         self.calls = 0
         self.optimizer = HyperOptimizer(self.bare, self.model, outer=None, learn=learn)
-
-    @staticmethod
-    def defaults() -> dict[str, float]:
-        return {"lr": 0.05, "momentum": 0.85, "dampening": 0.2, "weight_decay": 0.03}
 
     def loss(self, t: int) -> Tensor:
         self.calls += 1
