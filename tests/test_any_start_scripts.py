@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import itertools
 from collections import namedtuple
 
 import pytest
@@ -48,6 +49,55 @@ def test_labels_that_do_not_count(ignored, dtype):
     validation = [(x[i : i + 50], y[i : i + 50].to(dtype)) for i in (0, 50, 100)]
     optimizer = from_any_start(sgd(model), model, criterion, train, validation, STEPS)
     assert 1e-3 < optimizer.hyperparameters["lr"]().item() < 10
+
+
+def in_halves(model, optimizer, x, y):
+    """Gradients of two halves of a batch, accumulated."""
+    for part in (slice(None, None, 2), slice(1, None, 2)):
+        (cross_entropy(model(x[part]), y[part]) / 2).backward()
+
+
+def scaled(model, optimizer, x, y):
+    """A loss scaled and gradients unscaled, by a power of two."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    scaler.scale(cross_entropy(model(x), y)).backward()
+    scaler.unscale_(optimizer)
+
+
+def clipped(model, optimizer, x, y):
+    """Gradients clipped at a norm that they do not reach."""
+    cross_entropy(model(x), y).backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1e6)
+
+
+def compiled(model, optimizer, x, y):
+    """A compiled model's loss."""
+    cross_entropy(torch.compile(model, backend="eager")(x), y).backward()
+
+
+def trained(gradient):
+    """Return what a run of from any start ends with, and whether it learned both."""
+    model, (train, validation) = network(), loaders()
+    model.double()[2].p = 0.0
+    train, validation = ([(x.double(), y) for x, y in part] for part in (train, validation))
+    bare = sgd(model, momentum=0.9)
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    before = {name: h().item() for name, h in optimizer.hyperparameters.items()}
+    for x, y in itertools.islice(itertools.cycle(train), STEPS):
+        optimizer.zero_grad()
+        gradient(model, optimizer, x, y)
+        optimizer.step()
+    after = {name: h().item() for name, h in optimizer.hyperparameters.items()}
+    return [*after.values(), *model.parameters()], all(after[n] != before[n] for n in after)
+
+
+@pytest.mark.parametrize("gradient", [in_halves, scaled, clipped, compiled])
+def test_a_loop_that_makes_its_gradients_otherwise_learns_the_same(gradient):
+    plain, _ = trained(lambda model, _, x, y: cross_entropy(model(x), y).backward())
+    otherwise, has_learned = trained(gradient)
+    assert has_learned
+    for one, other in zip(plain, otherwise, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
 
 
 def test_inputs_that_are_packed_or_named():
