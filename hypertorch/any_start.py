@@ -26,7 +26,7 @@ from .arguments import check_pieces, whole
 from .calibration import calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError
-from .forgetting import start_weight_decay
+from .forgetting import shrinking_factors, start_weight_decay
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .kept_batches import (
@@ -116,7 +116,7 @@ def from_any_start(
         criterion: of training, `criterion(model(x), y)`.
         train_loader: of batches `(x, y)`; its length, if any, is the epoch's: where gradients are
             accumulated, pass batches as large as a step's. Its first ten are kept, for trials and
-            for λ.
+            for λ; of a rest at an epoch's end only one half as large or larger.
         validation_loader: likewise; its batches should be as large as training's, or larger.
         steps: T, of the whole run, all its epochs.
         outer_criterion: of validation. The default is for classes; for anything else pass the
@@ -231,10 +231,11 @@ def _longest_trial(steps: int) -> int:
 
 
 def _check_start(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse a scheduler that knows rates of its own; warn of a model in eval mode."""
-    if any("max_lr" in group for group in optimizer.param_groups):
+    """Refuse a decay or a scheduler that does not fit; warn of a model in eval mode."""
+    shrinking_factors(optimizer, "from_any_start")
+    if any({"max_lr", "swa_lr"} & set(group) for group in optimizer.param_groups):
         raise ArgumentError(
-            "A scheduler with a `max_lr` (OneCycleLR, CyclicLR) is attached, and rates of its own "
+            "A scheduler with rates of its own is attached (OneCycleLR, CyclicLR, SWALR), which "
             "are no multiples of the η that is found. Attach it to what `from_any_start` returns, "
             'with `max_lr=optimizer.param_groups[0]["lr"]`.'
         )

@@ -8,6 +8,8 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from .arguments import whole
 from .dynamics import dynamics_of, shrinking
 from .errors import ArgumentError, UnsupportedError
@@ -109,19 +111,29 @@ def _is_decoupled(group: Mapping[str, Any]) -> bool:
     return bool(group.get("decoupled_weight_decay"))
 
 
+def shrinking_factors(optimizer: torch.optim.Optimizer, owner: str) -> list[float]:
+    """Return η̂ / η of each group.
+
+    Raises:
+        UnsupportedError: the decay passes through a second moment.
+    """
+    found = [shrinking(dynamics_of(optimizer), group) for group in optimizer.param_groups]
+    factors = [factor for factor in found if factor is not None]
+    if len(factors) < len(found):
+        raise UnsupportedError(
+            f"`{owner}` cannot tell what the decay of {type(optimizer).__name__} does to a weight: "
+            "it passes through the second moment. Use AdamW, or SGD; or learn from where η and λ "
+            "stand, with `HyperOptimizer`."
+        )
+    return factors
+
+
 def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
     """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
     groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
     rates = [float(base_rate(group)) for group in groups]
     if isinstance(lr, Setting):
         rates = lr.group_means().tolist()
-    found = [shrinking(dynamics_of(optimizer.optimizer), group) for group in groups]
-    factors = [factor for factor in found if factor is not None]
-    if len(factors) < len(groups):
-        raise UnsupportedError(
-            "`start_weight_decay` cannot tell what the decay of "
-            f"{type(optimizer.optimizer).__name__} does to a weight: it passes through the second "
-            "moment. Use AdamW, or SGD."
-        )
+    factors = shrinking_factors(optimizer.optimizer, "start_weight_decay")
     rates = [rate if rate > 1e-6 * max(rates) else max(rates) for rate in rates]  # at η = 0 all do
     return [rate * factor for rate, factor in zip(rates, factors, strict=True)]

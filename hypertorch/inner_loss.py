@@ -170,7 +170,10 @@ def missing_loss(inner: InnerLoss, engine: Engine, horizon: int, is_open: bool) 
     """
     instead = "step(loss)" if engine.needs == "loss" else "step(functools.partial(loss_fn, x, y))"
     if inner.closure is not None:
-        instead = f"Leave `backward()` and `zero_grad()` out of it: `{instead}` sees to both."
+        instead = (
+            f"Leave `backward()` and `zero_grad()` out of it: `{instead}` sees to both. Where a "
+            "trainer owns the closure, pass `engine=FirstOrder()`, which learns from its gradients."
+        )
         if is_open:
             raise WindowError(
                 f"A window of {horizon} steps is open, and the closure called backward itself: no "

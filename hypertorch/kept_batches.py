@@ -28,6 +28,9 @@ Criterion = Callable[[Tensor, Any], Tensor]
 #: every η that is too large.
 _LOOKS_AFTER, _LOOKS_AT = (20, 40, 90), 3
 
+#: The share of the largest batch's examples below which a batch is a rest.
+REMAINDER = 0.5
+
 
 class BatchLosses:
     """The losses of a few batches that are kept.
@@ -149,7 +152,8 @@ def trial_by(
     except ArgumentError as error:
         raise ArgumentError(
             f"{error} It is the `outer_criterion`, which judges on validation data, and whose "
-            "default is for classes. For anything else pass the criterion that counts."
+            "default is for classes with a logit each. For anything else, one logit of two classes "
+            "too, pass the criterion that counts: `outer_criterion=criterion`."
         ) from error
     if not math.isfinite(outer.item()):
         raise ArgumentError(
@@ -175,6 +179,7 @@ def first_batches(
 ) -> list[Batch]:
     """Return a loader's first batches, until there are `steps`, or `count` examples in them.
 
+    A small rest at the end of a pass does not count: repeated, it would be every fourth step.
     The order of the loader's next pass is what it would have been.
     """
     device, found = next(model.parameters()).device, list[Batch]()
@@ -186,7 +191,8 @@ def first_batches(
                 break
     for generator, state in before:
         generator.set_state(state)
-    return found
+    largest = max(map(examples, found), default=0)
+    return [batch for batch in found if examples(batch) >= REMAINDER * largest]
 
 
 def examples(batch: Batch) -> int:

@@ -101,12 +101,13 @@ def _nodes(loss: Tensor, ends: Set[Any] = frozenset()) -> set[Any]:
     return seen
 
 
-def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:
+def explain(error: RuntimeError, in_closure: bool = False, has_loss: bool = True) -> NoReturn:
     """Raise a step's error again, or say what to do about what torch says in its own words.
 
     Args:
         error: what was raised.
         in_closure: whether the step got a closure.
+        has_loss: whether it got anything.
 
     Raises:
         WindowError: the loss's graph was used up or written to.
@@ -128,6 +129,11 @@ def explain(error: RuntimeError, in_closure: bool = False) -> NoReturn:
             "The graph of the closure's loss was used up before its step. `step(closure)` runs "
             "backward itself: leave `backward()` and `zero_grad()` out of the closure, and let it "
             "compute the loss anew."
+        ) from error
+    if not has_loss:
+        raise WindowError(
+            "The outer loss comes from a graph that is used up. The model keeps a tensor from its "
+            "last pass, such as a hidden state: let `forward` detach it, or take it as an argument."
         ) from error
     raise WindowError(
         "The loss's graph was used up before its step. `step(loss)` runs backward itself: "

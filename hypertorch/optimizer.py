@@ -191,13 +191,14 @@ class HyperOptimizer(OptimizerWrapper):
             else:
                 self._learning_step(self._loop, inner)
         except RuntimeError as error:
-            explain(error, inner.closure is not None)
+            explain(error, inner.closure is not None, inner.loss is not None)
         return inner.loss
 
     def _learning_step(self, loop: OuterLoop, inner: InnerLoss) -> None:
         was_due = loop.is_window_due
         try:
             loop.see_to_snapshot()
+            self._warn(self._groups.said_of_rates(), stacklevel=5)
             is_missing = was_due and not inner.suits(loop.engine)
             if is_missing:
                 self._refuse_or_warn(loop, inner)
@@ -248,8 +249,8 @@ class HyperOptimizer(OptimizerWrapper):
         self._gradients()
         self._warn(said, stacklevel=6)
 
-    def _warn(self, said: str, stacklevel: int) -> None:
-        if said not in self._warned:
+    def _warn(self, said: str | None, stacklevel: int) -> None:
+        if said and said not in self._warned:
             self._warned.add(said)
             warnings.warn(said, HypertorchWarning, stacklevel=stacklevel)
 
@@ -329,8 +330,7 @@ class HyperOptimizer(OptimizerWrapper):
         check_checkpoint(state_dict, self.optimizer, self.hyperparameters, rule)
         self.close()
         own = state_dict.get("hypertorch")
-        bare = {k: v for k, v in state_dict.items() if k != "hypertorch"}
-        load_optimizer(self.optimizer, bare)
+        load_optimizer(self.optimizer, {k: v for k, v in state_dict.items() if k != "hypertorch"})
         self._steps = own["steps"] if own else 0
         if self._loop is not None and own:
             self._loop.load_state_dict(own)

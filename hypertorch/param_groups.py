@@ -22,6 +22,15 @@ from .hyperparameters import Hyperparameter, number_of
 from .settings import Setting, where_learned
 from .state import HOST_BUFFERS, State, base_rate, params_of, set_state
 from .transition import Transition
+from .written_rates import WrittenRates
+
+#: What is said once of rates that the loop writes.
+RATE_WRITTEN = (
+    "`lr` of group {group} was written by hand ({rate:g}), and counts as it is: where a loop "
+    "writes rates of its own, nothing is left of what is learned. For a schedule attach a "
+    "scheduler, such as LambdaLR, which multiplies it; or write a multiple of "
+    '`optimizer.hyperparameters["lr"]().item()`.'
+)
 
 
 class LearnedGroups:
@@ -49,9 +58,16 @@ class LearnedGroups:
         self.reference = self._starting_rates() if reference is None else list(reference)
         self._published: dict[str, list[float]] = {}
         self._expected = self._held()  # what the groups must still hold
+        self._written = WrittenRates(self._shown())
 
     def _starting_rates(self) -> list[float]:
         return [float(base_rate(g)) for g in self._groups]
+
+    def _shown(self) -> list[float]:
+        """Return the rates of the groups in which η is learned and no scheduler multiplies it."""
+        is_learned = where_learned(self.settings, "lr", len(self._groups))
+        pairs = zip(self._groups, is_learned, strict=True)
+        return [0.0 if "initial_lr" in g or not own else float(g["lr"]) for g, own in pairs]
 
     def _held(self) -> list[tuple[int, str, float]]:
         """Return what the groups hold of what is learned, but for `lr`."""
@@ -103,6 +119,7 @@ class LearnedGroups:
                     self._publish_one(name, g, value)
         self._published = values
         self._expected = self._held()
+        self._written.moved(self._shown())
 
     def _publish_one(self, name: str, g: int, value: float) -> None:
         group = self._groups[g]
@@ -112,6 +129,12 @@ class LearnedGroups:
             is_new = value != self.reference[g]  # else the product is lr to rounding alone
             group["lr"] = value * self.schedule(g) if is_new else float(group["lr"])
             self.reference[g] = value
+
+    def said_of_rates(self) -> str | None:
+        """Return what to say of a rate that the loop has written over what is learned, if any."""
+        rates = self._shown()
+        g = self._written.replaced(rates)
+        return None if g is None else RATE_WRITTEN.format(group=g, rate=rates[g])
 
     def start(self) -> None:
         """Publish the starting values, of which `lr` is the reference."""
@@ -136,7 +159,7 @@ class LearnedGroups:
         for name, setting in self.settings.items():
             setting.extend(additions[name])
         self.reference.append(self._starting_rates()[-1])
-        self._expected = self._held()
+        self._expected, self._written = self._held(), WrittenRates(self._shown())
 
     def restart(self, is_learning: bool = False) -> None:
         """Take the numbers that the groups now hold; it is `start` that publishes."""
@@ -210,8 +233,8 @@ class LearnedGroups:
                 cure = "Stop the scheduler from cycling it (`cycle_momentum=False`)"
                 raise UnsupportedError(
                     f"`{name}` of group {g} is learned, and something else set it to {found}. "
-                    f"{cure if is_cycled else 'Leave it to the optimizer'}, or do not learn "
-                    f"`{name}`."
+                    f"{cure if is_cycled else 'Leave it to the optimizer'}; or, with "
+                    f"`HyperOptimizer`, leave `{name}` out of `learn`."
                 )
 
 

@@ -1,4 +1,4 @@
-"""What a pass through a model moves besides s: module buffers, modes and random numbers.
+"""What a pass through a model moves besides s: buffers, hidden states, modes, random numbers.
 
 All of it can be put back, so that a pass leaves no trace, and a step can be made again.
 """
@@ -48,6 +48,29 @@ class ModuleBuffers:
             for module, name, buffer, version, value in self._saved:
                 (buffer.data if buffer._version == version else buffer).copy_(value)
                 module._buffers[name] = buffer
+
+
+class ModuleAttributes:
+    """The tensors that modules keep as plain attributes (a hidden state) at one moment."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._saved = [(module, dict(vars(module))) for module in model.modules()]
+
+    def restore(self) -> None:
+        """Let each module hold what it held, where a tensor took the place of something."""
+        for module, before in self._saved:
+            present = vars(module)
+            kept = [name for name, value in present.items() if _holds_tensors(value)]
+            for name in kept:
+                if name not in before:
+                    del present[name]
+                elif present[name] is not before[name]:
+                    present[name] = before[name]
+
+
+def _holds_tensors(value: object) -> bool:
+    parts = value if isinstance(value, (tuple, list)) else (value,)
+    return any(isinstance(part, Tensor) for part in parts)
 
 
 class ModuleModes:
@@ -106,11 +129,12 @@ def keeping_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def leaving_no_trace(model: nn.Module) -> Iterator[None]:
-    """Within, the model may be used freely; after, its modes, buffers and the RNG are as before."""
-    buffers, randomness = ModuleBuffers(model), RandomState()
+    """Within, the model may be used freely; after, what a pass moves besides s is as before."""
+    buffers, attributes, randomness = ModuleBuffers(model), ModuleAttributes(model), RandomState()
     with keeping_modes(model):
         try:
             yield
         finally:
             buffers.restore()
+            attributes.restore()
             randomness.restore()

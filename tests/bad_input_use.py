@@ -370,7 +370,8 @@ USE = [
         start_anywhere(outer_criterion=each),
         "The loss of a validation batch must be a scalar. Got shape (8, 2). "
         "Reduce it: `loss.mean()`. It is the `outer_criterion`, which judges on validation data, "
-        "and whose default is for classes. For anything else pass the criterion that counts.",
+        "and whose default is for classes with a logit each. For anything else, one logit of two "
+        "classes too, pass the criterion that counts: `outer_criterion=criterion`.",
     ),
     type_error(
         "validation batches that are not pairs",
@@ -434,7 +435,8 @@ USE = [
         "a learned momentum that something else writes to",
         lambda b, wrapper: wrapper.step(b.prepared_loss),
         "`momentum` of group 0 is learned, and something else set it to 0.5. Stop the scheduler "
-        "from cycling it (`cycle_momentum=False`), or do not learn `momentum`.",
+        "from cycling it (`cycle_momentum=False`); or, with `HyperOptimizer`, leave "
+        "`momentum` out of `learn`.",
         lambda b: with_written_momentum(b),
     ),
 ]

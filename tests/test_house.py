@@ -15,7 +15,7 @@ ROOT = Path(hypertorch.__file__).parent
 #: A module imports only modules of a lower rank; a package ranks as one.
 RANKS = [
     {"errors"},
-    {"entries"},
+    {"entries", "written_rates"},
     {"constraints"},
     {"gradient_hooks", "hyperparameters", "slots", "state", "surroundings"},
     {"settings", "snapshot", "wrapper"},

@@ -229,7 +229,7 @@ def test_a_learned_decay_that_somebody_sets_is_refused_without_talk_of_scheduler
     wrapper.param_groups[0]["weight_decay"] = 0.125
     with pytest.raises(
         hypertorch.UnsupportedError,
-        match=r"set it to 0\.125\. Leave it to the optimizer, or do not learn `weight_decay`\.",
+        match=r"set it to 0\.125\. Leave it to the optimizer; or, with `HyperOptimizer`, leave ",
     ):
         train(model, wrapper, batches(1))
 
@@ -245,8 +245,8 @@ def test_a_cycled_momentum_that_is_learned_is_refused_by_name(optimizer, setting
     with pytest.raises(
         hypertorch.UnsupportedError,
         match=rf"`{setting}` of group 0 is learned, and something else set it to 0\.9\. "
-        rf"Stop the scheduler from cycling it \(`cycle_momentum=False`\), or do not learn "
-        rf"`{setting}`\.",
+        rf"Stop the scheduler from cycling it \(`cycle_momentum=False`\); or, with "
+        rf"`HyperOptimizer`, leave `{setting}` out of `learn`\.",
     ):
         train(model, wrapper, batches(1))
     assert all(torch.equal(a, b) for a, b in zip(weights(model), held, strict=True))

@@ -1,6 +1,7 @@
 """ValidationLoss: the loader cycled for ever; the model, its modes and all randomness untouched."""
 
 import copy
+import functools
 import pickle
 import random
 
@@ -291,3 +292,68 @@ def test_a_loader_of_ones_own_that_forwards_to_another_is_taken_as_it_is():
         Recorder(), mse, Forwarding(numbers(num_workers=1, persistent_workers=True))
     )
     assert seen(loss, 2) == [[0, 1], [2, 3]]
+
+
+class Stateful(nn.Module):
+    """An LSTM that goes on from where its last batch ended, as truncated backpropagation does."""
+
+    def __init__(self, detaches=True):
+        super().__init__()
+        torch.manual_seed(0)
+        self.lstm, self.head = nn.LSTM(2, 3), nn.Linear(3, 1)
+        self.hidden, self.last, self.detaches = None, None, detaches
+
+    def forward(self, x):
+        out, hidden = self.lstm(x, self.hidden)
+        self.hidden = tuple(h.detach() for h in hidden) if self.detaches else hidden
+        self.last = out[-1].detach()
+        return self.head(out)
+
+
+def stateful_batches(count):
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (torch.randn(4, 5, 2, generator=generator), torch.randn(4, 5, 1, generator=generator))
+        for _ in range(count)
+    ]
+
+
+def test_hidden_states_that_a_model_keeps_are_trainings():
+    """With a rule that moves nothing, training is that of the bare optimizer."""
+    data, held_out = stateful_batches(12), stateful_batches(13)[12:]
+    ends = []
+    for wraps in (False, True):
+        model = Stateful()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+        if wraps:
+            outer_loss = ValidationLoss(model, nn.functional.mse_loss, held_out)
+            still, engine = functools.partial(torch.optim.SGD, lr=0.0), hypertorch.FirstOrder()
+            optimizer = hypertorch.HyperOptimizer(
+                optimizer, model, outer_loss, window=2, update_every=3, engine=engine, outer=still
+            )
+        for x, y in data:
+            optimizer.zero_grad()
+            nn.functional.mse_loss(model(x), y).backward()
+            optimizer.step()
+        ends.append([*model.hidden, model.last, *(p.detach() for p in model.parameters())])
+    assert optimizer.hypergradients is not None
+    assert_close(ends[1], ends[0], 1e-5)
+
+
+def test_hidden_states_before_the_first_batch_are_none_again():
+    model = Stateful()
+    ValidationLoss(model, nn.functional.mse_loss, stateful_batches(1))()
+    assert model.hidden is None and model.last is None
+
+
+def test_a_hidden_state_with_a_graph_that_is_used_up_is_named():
+    model = Stateful(detaches=False)
+    outer_loss = ValidationLoss(model, nn.functional.mse_loss, stateful_batches(1))
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    engine = hypertorch.FirstOrder()
+    optimizer = hypertorch.HyperOptimizer(bare, model, outer_loss, window=1, engine=engine)
+    nn.functional.mse_loss(model(stateful_batches(1)[0][0]), torch.zeros(4, 5, 1)).backward()
+    with pytest.raises(
+        hypertorch.WindowError, match="such as a hidden state: let `forward` detach"
+    ):
+        optimizer.step()
