@@ -127,7 +127,8 @@ def test_at_a_windows_end_the_weights_are_those_of_plain_training_with_what_was_
             with_closure,
             "The closure called backward itself, which makes a plain step, from which Unroll() "
             "learns nothing. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees to "
-            "both.",
+            "both. Where a trainer owns the closure, pass `engine=FirstOrder()`, which learns from "
+            "its gradients.",
         ),
     ],
     ids=["a plain step", "a closure that calls backward"],
@@ -153,7 +154,8 @@ def test_where_a_window_is_due_it_is_said_once_that_nothing_is_learned(play, sai
             1,
             "A window of 3 steps is open, and the closure called backward itself: no loss is left "
             "to differentiate. Leave `backward()` and `zero_grad()` out of it: `step(loss)` sees "
-            "to both.",
+            "to both. Where a trainer owns the closure, pass `engine=FirstOrder()`, which learns "
+            "from its gradients.",
         ),
         (
             hypertorch.Replay(),
