@@ -84,7 +84,7 @@ def from_any_start(
     `step(loss)`. Attach a scheduler that brings η to zero within `steps`; it multiplies what is
     learned. Windows without a Hessian want to lower η early, and the schedule does that better. A
     schedule that knows rates instead of multiples is given `optimizer.param_groups[0]["lr"]` as its
-    largest (OneCycleLR's `max_lr`); one that is written into a group by hand replaces what is learned.
+    largest (OneCycleLR's `max_lr`); a rate written into a group by hand replaces what is learned.
 
     An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
     period: in its first steps a run says little of where it will rest.
