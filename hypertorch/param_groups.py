@@ -26,10 +26,9 @@ from .written_rates import WrittenRates
 
 #: What is said once of rates that the loop writes.
 RATE_WRITTEN = (
-    "`lr` of group {group} was written by hand ({rate:g}), and counts as it is: where a loop "
-    "writes rates of its own, nothing is left of what is learned. For a schedule attach a "
-    "scheduler, such as LambdaLR, which multiplies it; or write a multiple of "
-    '`optimizer.hyperparameters["lr"]().item()`.'
+    "`lr` of group {group} was written by hand: {rate:g}. A rate of the loop's own takes the place "
+    "of what is learned. Attach a scheduler, such as LambdaLR, which multiplies it, or write a "
+    'multiple of `optimizer.hyperparameters["lr"]().item()`; if this is one, all is well.'
 )
 
 

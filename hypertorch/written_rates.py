@@ -7,7 +7,8 @@ What it writes in terms of a number of its own replaces it.
 import math
 from collections.abc import Sequence
 
-#: A rate is no multiple of the one that stood there above this factor, or below its inverse.
+#: A rate is hardly a multiple of the one that stood there above this factor, or below its inverse
+#: (the first steps of a warm-up are).
 FAR = 20.0
 
 #: By less, in nats, an outer update says nothing of what the loop went on from.
