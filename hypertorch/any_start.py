@@ -63,7 +63,7 @@ NO_DECAY, RATES, AROUND = 1e-8, (1e-30, 1e12), (1e-4, 1e2)
 #: At most how far η and λ go in an update, in nats, and how long their hypergradients are averaged.
 MAX_STEPS, DECAY = (0.1, 0.7), 0.5
 #: The share of E that an e-fold of them must be worth with a decoupled decay. Adam's steps do not
-#: shrink with the gradient: the noise of its weights is large, and biases dE/dλ upwards.
+#: shrink with the gradient: the noise of its weights is large, and biases λ upwards.
 NEGLIGIBLE = 0.01
 
 

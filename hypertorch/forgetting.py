@@ -36,10 +36,11 @@ def start_weight_decay(
         τ = 1 / (η̂ λ)
 
     steps. The best τ, in epochs, hardly depends on model and data. λ starts at τ = 10 epochs where
-    the decay is decoupled, at 20 where it is a part of the gradient, or at the run's T steps if it
-    has fewer, whatever it was. A decay with a τ far above T has no effect within the run, and with
-    one far below nothing else has: from now on λ stays within T / τ = 0.1 … 300; where groups have
-    several η, between the least and the most of their λ.
+    the decay is decoupled, at 20 where it is a part of the gradient, whatever it was, and however
+    few the run has: seen once, an example is not learned by heart. A decay with a τ far above the
+    run's T steps has no effect within it, and with one far below nothing else has: from now on λ
+    stays within T / τ = 0.1 … 300; where groups have several η, between the least and the most of
+    their λ.
 
     A step of Adam is about η at most, so that a decoupled decay holds weights below 1 / λ. There λ
     starts at 1 / (10 rms(w)) at most, by the group's matrices as they are: a network that learns
@@ -89,7 +90,7 @@ def start_weight_decay(
     own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
     times = [TIMESCALES[_is_decoupled(group)] for group in optimizer.param_groups]
-    folds = [min(max(epochs / time, 1.0), strongest) for time in times]
+    folds = [min(max(epochs / time, weakest), strongest) for time in times]
     found = list(map(min, map(operator.mul, ones, folds), _most(optimizer)))
     decay.start_at(found)
     loop.settings_were_set()

@@ -164,7 +164,7 @@ def test_where_the_outer_loss_is_no_number_the_lr_is_the_first():
     [("SGD", {}, 20), ("SGD", {"momentum": 0.8, "dampening": 0.3}, 20), ("AdamW", {}, 10)],
 )
 @pytest.mark.parametrize("start", [1e-7, 0.5])
-@pytest.mark.parametrize(("epoch", "most"), [(15, 400), (100, 400), (None, 400), (1, 400)])
+@pytest.mark.parametrize(("epoch", "most"), [(15, 4000), (100, 4000), (None, 4000), (1, 4000)])
 def test_the_weight_decay_starts_where_weights_forget_in_so_many_epochs(
     name, options, epochs, start, epoch, most
 ):
