@@ -114,6 +114,29 @@ def test_a_multiple_of_what_is_there_is_not(name, groups):
     assert (learned - START).abs().min() > 0.01 * START  # there was something to replace
 
 
+def test_a_schedule_written_in_units_of_what_is_learned_is_a_multiple():
+    """As the warning tells to; only a beginning far below one is taken for a number at first."""
+    model = nn.Linear(1, 1)
+    bare = torch.optim.SGD(model.parameters(), lr=START)
+
+    def loss():
+        return model(torch.ones(1, 1)).square().sum() + 1.0
+
+    rule = partial(torch.optim.Adam, lr=0.05)
+    optimizer = HyperOptimizer(
+        bare, model, loss, ["lr"], window=1, update_every=2, engine=FirstOrder(), outer=rule
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", HypertorchWarning)
+        for t in range(STEPS):
+            learned, multiple = optimizer.hyperparameters["lr"]().item(), 1 - t / STEPS
+            optimizer.param_groups[0]["lr"] = learned * multiple
+            optimizer.step(loss())
+            (used,) = optimizer._loop.groups.effective_lr()
+            assert used == pytest.approx(optimizer.hyperparameters["lr"]().item() * multiple)
+    assert abs(learned - START) > 0.01 * START
+
+
 def test_a_group_that_is_added_is_watched_too():
     model = nn.ModuleList([nn.Linear(1, 1), nn.Linear(1, 1)])
     bare = torch.optim.SGD(model[0].parameters(), lr=START)
