@@ -1,6 +1,6 @@
 """What torch must be told while a window lasts, so that a loss can be differentiated twice.
 
-Fused attention, the hard sigmoid, cuDNN's recurrent networks and compiled modules have no double
+Fused attention, the hard sigmoid, cuDNN's recurrent networks and compiled code have no double
 backward; that of fused weight normalisation is wrong, that of activation checkpointing recomputes
 with later weights, and that of BatchNorm in eval mode reads later statistics. Their plain
 counterparts are right; each is switched only while some window lasts, and switched back after. An
@@ -37,14 +37,13 @@ class TwiceDifferentiable:
         self._model = model
         self._switches = [
             _math_attention,
+            _eager,
             without_recomputation,
             _own_statistics,
             _composite_hard_sigmoid,
             _refusing_once_differentiable,
             _refusing_without_graph,
         ]
-        if any(_is_compiled(module) for module in model.modules()):
-            self._switches.append(_eager)
         if any(_is_weight_normalised(module) for module in model.modules()):
             self._switches.append(_composite_weight_norm)
         on_gpu = any(p.is_cuda for p in model.parameters())
@@ -154,6 +153,7 @@ def _math_attention() -> AbstractContextManager[None]:
 
 
 def _eager() -> AbstractContextManager[None]:
+    """Run what is compiled as it was written: modules, functions, whoever calls them."""
     return torch.compiler.set_stance("force_eager")
 
 
@@ -304,7 +304,3 @@ def _is_weight_normalised(module: nn.Module) -> bool:
     return isinstance(module, parametrizations._WeightNorm) or any(
         isinstance(hook, _legacy.WeightNorm) for hook in hooks
     )
-
-
-def _is_compiled(module: nn.Module) -> bool:
-    return hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None

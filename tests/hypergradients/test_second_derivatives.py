@@ -96,6 +96,37 @@ def test_functions_with_graphs_and_without_slopes_are_differentiated(engine: Any
     torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-10)
 
 
+@pytest.mark.parametrize("has_all", [False, True])
+@pytest.mark.parametrize(
+    "engine", [Unroll(), Replay(), Replay(spacing=None), Forward(), hypertorch.OneStep()], ids=repr
+)
+def test_a_compiled_loss_is_run_as_it_was_written_while_a_window_lasts(
+    engine: Any, has_all: bool
+) -> None:
+    """What is compiled for a model's Parameters would not see the weights of a window."""
+    runs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    torch.compiler.reset()
+    optimizer, loss = wrapped(torch.square)
+    expected = hypergradient(optimizer, [loss] * 4, loss, engine)
+    compiled = partial(torch.compile(loss.func, backend=backend, fullgraph=has_all), *loss.args)
+    compiled().backward()
+    assert runs
+    runs.clear()
+    found = hypergradient(optimizer, [compiled] * 4, compiled, engine)
+    assert not runs
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+    compiled().backward()
+    assert runs
+
+
 def test_torchs_own_functions_are_back_after_a_window() -> None:
     apply = torch.autograd.function.BackwardCFunction.apply
     kernels = torch._C._nn.hardsigmoid, torch._C._nn.hardsigmoid_
