@@ -196,7 +196,8 @@ def learned_path(config: Config, metrics: Sequence[Row], learned: Summary) -> li
     """
     points = [START]
     for row in metrics:
-        factor = schedule_factor(config.run.schedule, learned["steps"], int(row["step"]))
+        run, step = config.run, int(row["step"])
+        factor = schedule_factor(run.schedule, learned["steps"], run.epochs, step)
         if factor > 0:
             points.append((row["lr"] / factor, row["weight_decay"]))
     return [*points, (learned["final"]["lr"], learned["final"]["weight_decay"])]

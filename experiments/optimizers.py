@@ -18,6 +18,9 @@ from experiments.config_errors import ConfigError, did_you_mean
 from experiments.loaders import TensorLoader
 from experiments.schema import AnyStartConfig, Config, FixedConfig, HyperConfig, Schedule
 
+#: How many epochs a trapezoid stays at 1, and how much of a shorter run.
+HELD_EPOCHS, HELD_SHARE = 4, 0.8
+
 
 def build(node: Any, *args: Any, **extra: Any) -> Any:
     """Call what `_target_` of a configuration node names, with its other keys as arguments."""
@@ -146,12 +149,13 @@ def close(optimizer: torch.optim.Optimizer) -> None:
         optimizer.close()
 
 
-def schedule_factor(schedule: Schedule, total: int, step: int) -> float:
+def schedule_factor(schedule: Schedule, total: int, epochs: float, step: int) -> float:
     """schedule(t) of η_t = η · schedule(t): 1 at the first step, and 0 at `total`, if not constant.
 
     Args:
-        schedule: constant, linear, or half a cosine.
+        schedule: constant, linear, half a cosine, or a trapezoid: linear after the first epochs.
         total: number of steps of the run.
+        epochs: number of its epochs.
         step: t.
 
     Returns:
@@ -162,4 +166,7 @@ def schedule_factor(schedule: Schedule, total: int, step: int) -> float:
         return 1.0 - done
     if schedule is Schedule.cosine:
         return 0.5 * (1.0 + math.cos(math.pi * done))
+    if schedule is Schedule.trapezoid:
+        held = min(HELD_SHARE, HELD_EPOCHS / epochs)
+        return min(1.0, (1.0 - done) / (1.0 - held))
     return 1.0

@@ -18,6 +18,7 @@ class Schedule(Enum):
     constant = "constant"
     linear = "linear"
     cosine = "cosine"
+    trapezoid = "trapezoid"
 
 
 @dataclass

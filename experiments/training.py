@@ -5,7 +5,6 @@ The weights that did best on validation data are kept; only they are tried on te
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -77,11 +76,15 @@ class Trainer:
         started = time.perf_counter()  # some optimizers make trials first
         self.optimizer = wrapped(bare, self.config, self.model, *loaders, writer)
         self.seconds = time.perf_counter() - started
-        factor = functools.partial(schedule_factor, self.config.run.schedule, self.steps)
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.recorder.start([] if checkpoint is None else checkpoint["history"])
         if checkpoint is not None:
             self.load_state_dict(checkpoint)
+
+    def _factor(self, step: int) -> float:
+        """schedule(t) of η_t = η · schedule(t)."""
+        run = self.config.run
+        return schedule_factor(run.schedule, self.steps, run.epochs, step)
 
     def _train_loader(self) -> TensorLoader:
         run = self.config.run
@@ -160,7 +163,7 @@ class Trainer:
         mean_loss = self._loss_sum.item() / steps if steps else float("nan")
         self._loss_sum.zero_()
         values = hyperparameter_values(self.optimizer)
-        values["lr"] *= schedule_factor(self.config.run.schedule, self.steps, self.step)
+        values["lr"] *= self._factor(self.step)
         return {
             "step": self.step,
             "epoch": self.step / len(self.loader),

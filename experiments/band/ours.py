@@ -86,8 +86,8 @@ def unrolled(
 PRESETS: dict[str, Preset] = {
     "hyper": Preset(default, "constant"),
     "hyper-linear": Preset(default, "linear"),
-    "unrolled": Preset(unrolled, "linear"),
-    "any-start": Preset(any_start, "linear"),
+    "unrolled": Preset(unrolled, "trapezoid"),
+    "any-start": Preset(any_start, "trapezoid"),
 }
 
 

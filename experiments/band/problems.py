@@ -59,7 +59,7 @@ class Problem:
 
     def factor(self, schedule: str, step: int) -> float:
         """schedule(t) of η_t = η · schedule(t)."""
-        return schedule_factor(Schedule(schedule), self.steps, step)
+        return schedule_factor(Schedule(schedule), self.steps, self.config.epochs, step)
 
 
 _kept: dict[tuple[str, int], Problem] = {}

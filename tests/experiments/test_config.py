@@ -7,6 +7,7 @@ import pytest
 
 from experiments.config import CONFIG_FOLDER, load_config
 from experiments.config_errors import ConfigError
+from experiments.optimizers import schedule_factor
 from experiments.schema import Schedule
 
 
@@ -55,7 +56,7 @@ ON_THE_COMMAND_LINE = {
     "hyper.window=2.5": "command line: `hyper.window`: Value '2.5' of type 'float' could not be "
     "converted to Integer.",
     "run.schedule=step": "command line: `run.schedule`: Invalid value 'step', expected one of "
-    "[constant, linear, cosine].",
+    "[constant, linear, cosine, trapezoid].",
     "experiment=digit": "No experiment is called `digit`. Did you mean `digits`? Available: "
     f"{', '.join(EXPERIMENTS)}.",
     "study.seeds=[1]": "command line: unknown key `study.seeds`. This experiment has no `study`.",
@@ -119,7 +120,7 @@ def test_what_the_message_about_what_is_learned_says_to_write_is_accepted(overri
 @pytest.mark.parametrize(
     ("overrides", "schedule", "size"),
     [
-        ([], Schedule.linear, 64),
+        ([], Schedule.trapezoid, 64),
         (["experiment=resnet18"], Schedule.cosine, 128),
         (["run.schedule=constant", "run.validation_batch_size=9"], Schedule.constant, 9),
     ],
@@ -129,6 +130,15 @@ def test_any_start_brings_a_schedule_unless_there_is_one(overrides, schedule, si
     run = load_config(["hyper=any_start", *overrides]).run
     assert (run.schedule, run.validation_batch_size) == (schedule, size)
     assert run.name == "any_start-seed0"
+
+
+@pytest.mark.parametrize(
+    ("epochs", "held"), [(1, 0.8), (4, 0.8), (5, 0.8), (8, 0.5), (40, 0.1)], ids=str
+)
+def test_a_trapezoid_stays_for_four_epochs_or_four_fifths_of_a_shorter_run(epochs, held):
+    shares = [0.0, held / 2, held, (1 + held) / 2, 1.0]
+    factors = [schedule_factor(Schedule.trapezoid, 1000, epochs, round(1000 * s)) for s in shares]
+    assert factors == pytest.approx([1, 1, 1, 0.5, 0])
 
 
 def test_a_file_that_is_not_yaml_is_named_with_the_line(folder):

@@ -94,7 +94,7 @@ def test_from_any_start_the_run_is_the_same_to_the_bit_and_counts_its_trials(tmp
     first, last = trainer.recorder.history[0], trainer.recorder.history[-1]
     assert first["cost_steps"] > 20 and first["seconds"] > 0  # two trials of ten steps, or more
     assert last["cost_steps"] > 48 + first["cost_steps"]
-    assert 1e-3 < first["lr"] < 10 and last["lr"] == 0  # its schedule is linear
+    assert 1e-3 < first["lr"] < 10 and last["lr"] == 0  # by its schedule
 
 
 def test_a_finished_run_is_not_repeated(tmp_path, monkeypatch):
