@@ -31,7 +31,6 @@ from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .kept_batches import (
     BatchLosses,
-    Criterion,
     examples,
     first_batches,
     looked_at,
@@ -40,12 +39,22 @@ from .kept_batches import (
 )
 from .optimizer import HyperOptimizer
 from .outer import GatedSign, OuterFactory
-from .param_groups import restore_groups
+from .param_groups import groups_kept_on_error
 from .slow_start import SlowStart
 from .state import base_rate
 from .surroundings import leaving_no_trace
 from .trials import CLEAR, fallen, searched
-from .validation import Batch, ValidationLoss, check_criterion, check_loader, length_of
+from .validation import (
+    Batch,
+    Criterion,
+    Forward,
+    ValidationLoss,
+    check_criterion,
+    check_forward,
+    check_loader,
+    length_of,
+    of_pair,
+)
 
 #: Training steps of a trial, and validation examples that judge it. Fewer steps would not show what
 #: a momentum of 0.9 makes of η.
@@ -76,15 +85,17 @@ def from_any_start(
     steps: int,
     *,
     outer_criterion: Criterion = calibrated_cross_entropy,
+    forward: Forward = of_pair,
     **options: Any,
 ) -> HyperOptimizer:
     """Wrap an optimizer, let η and λ start where they should, and learn them from there.
 
     The training loop stays as it is (`zero_grad(); loss.backward(); step()`), or calls
     `step(loss)`. Attach a scheduler that brings η to zero within `steps`; it multiplies what is
-    learned. Windows without a Hessian want to lower η early, and the schedule does that better. A
-    schedule that knows rates instead of multiples is given `optimizer.param_groups[0]["lr"]` as its
-    largest (OneCycleLR's `max_lr`); a rate written into a group by hand replaces what is learned.
+    learned. Windows without a Hessian want to lower η early, and the schedule does that better: let
+    it stay for four epochs, or four fifths of a shorter run, and then fall in a line. A schedule
+    that knows rates instead of multiples is given `optimizer.param_groups[0]["lr"]` as its largest
+    (OneCycleLR's `max_lr`); a rate written into a group by hand replaces what is learned.
 
     An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
     period: in its first steps a run says little of where it will rest.
@@ -97,16 +108,16 @@ def from_any_start(
     the window with the least E, or the last checkpoint. Until η comes to half of itself a warm-up
     is left alone.
 
-    Where the best trial takes away less than a fifth of E, ten steps were too few to tell η from η,
-    as with transformers. In runs of 800 steps or more there are then trials of 20, from 2 400 on of
-    40, from 5 600 on of 80: up to a tenth of the run, on the same ten batches.
+    Where the best trial takes away less than a fifth of E, as with transformers, longer ones follow
+    in runs of 800 steps or more: of 20 steps, from 2 400 on of 40, from 5 600 on of 80; up to a
+    tenth of the run, on the same ten batches.
 
-    Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: after ten
-    steps the running ones are not yet those of the data. One that raises the criterion is judged by
-    that, since E alone is blind to weights that explode.
+    Trials are judged in eval mode, but with BatchNorm by each batch's own statistics: the running
+    ones are not yet those of the data. One that raises the criterion is judged by that, since E
+    alone is blind to weights that explode.
     Why this outer loss: see `calibrated_cross_entropy`. Why no unrolled window for λ: over twenty
-    steps its slope mostly has the right sign, at three times the price, over five less often; a few
-    products with the Hessian look further than either.
+    steps its slope mostly has the right sign, at three times the price; a few products with the
+    Hessian look further.
 
     Args:
         optimizer: SGD, or AdamW or another with a decoupled decay; its `lr` and `weight_decay` are
@@ -121,6 +132,8 @@ def from_any_start(
         steps: T, of the whole run, all its epochs.
         outer_criterion: of validation. The default is for classes; for anything else pass the
             criterion that counts.
+        forward: returns outputs and targets, for batches of another form than `(x, y)`:
+            `lambda model, batch: (model(**batch).logits, batch["labels"])`.
         options: of `HyperOptimizer`, in place of those chosen here (`update_every=100`, …). With
             another `engine` window and period are `HyperOptimizer`'s own.
 
@@ -131,8 +144,8 @@ def from_any_start(
         ArgumentError: a loader is empty, `steps` is not a whole number of them, something else is
             to be learned than η and λ, a scheduler with rates of its own is attached, a loss is no
             finite scalar, or the outer criterion does not fit.
-        ArgumentTypeError: a criterion cannot be called, a loader can be iterated only once, or a
-            batch is not a pair `(x, y)`.
+        ArgumentTypeError: a criterion or `forward` cannot be called, a loader can be iterated only
+            once, or a batch is not a pair `(x, y)` though there is no `forward`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
             an operation of the loss has no second derivative.
 
@@ -162,23 +175,22 @@ def from_any_start(
     whole("steps", steps)
     check_criterion(criterion)
     check_criterion(outer_criterion, "outer_criterion")
+    check_forward(forward)
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
-    batches = first_batches(train_loader, "training", model, steps=TRIAL_STEPS)
-    judges = first_batches(validation_loader, "validation", model, count=TRIAL_EXAMPLES)
-    if not batches or not judges:
-        raise ArgumentError("A loader is empty. Training and validation data are both needed.")
-    inner = BatchLosses(model, criterion, batches)
+    batches = first_batches(train_loader, "training", model, forward, steps=TRIAL_STEPS)
+    judges = first_batches(validation_loader, "validation", model, forward, count=TRIAL_EXAMPLES)
+    inner = BatchLosses(model, criterion, batches, forward)
     few, cost, chosen = looked_at(inner), 0.0, {"outer": _rule(optimizer)} | _learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
-    outer_loss = ValidationLoss(model, outer_criterion, validation_loader)
+    outer_loss = ValidationLoss(model, outer_criterion, validation_loader, forward)
     writer = options.pop("writer", None)
-    trial, before = trial_by(model, criterion, outer_criterion, judges)
+    trial, before = trial_by(inner.judged_by(criterion, judges), outer_criterion)
     probation = probation_by(few, (trial, before))
     cost += probation.cost
-    with _groups_kept_on_error(optimizer):
+    with groups_kept_on_error(optimizer):
         with _zero_allowed(optimizer):
             wrapped = HyperOptimizer(optimizer, model, outer_loss, **chosen | options)
         inner.optimizer = trial.optimizer = wrapped
@@ -263,17 +275,6 @@ def _check_second_derivatives(inner: BatchLosses) -> float:
             "or use `HyperOptimizer` with that."
         ) from error
     return 6 / max(2, examples(inner.batches[0]))
-
-
-@contextmanager
-def _groups_kept_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
-    """Within, an error leaves the param groups as they were."""
-    before = [dict(group) for group in optimizer.param_groups]
-    try:
-        yield
-    except BaseException:
-        restore_groups(optimizer, before)
-        raise
 
 
 @contextmanager

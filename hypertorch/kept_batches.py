@@ -6,7 +6,7 @@ On them trials are made, the run is looked at in its beginning, and λ's system 
 import itertools
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
@@ -20,9 +20,17 @@ from .errors import ArgumentError
 from .optimizer import HyperOptimizer
 from .probation import Probation
 from .surroundings import leaving_no_trace
-from .validation import Batch, generators_of, placed, with_own_iterator
-
-Criterion = Callable[[Tensor, Any], Tensor]
+from .validation import (
+    Batch,
+    Criterion,
+    Forward,
+    generators_of,
+    is_pair,
+    loss_of,
+    of_pair,
+    placed,
+    with_own_iterator,
+)
 
 #: Steps after which a run is looked at, and the batches for that: a trial's ten steps do not tell
 #: every η that is too large.
@@ -38,15 +46,23 @@ class BatchLosses:
     Args:
         model: that trains.
         criterion: of one batch.
-        batches: `(x, y)`.
+        batches: `(x, y)`, or of another form.
+        forward: of the model on a batch: outputs and targets.
 
     Attributes:
         optimizer: whose steps choose the batch, so that a resumed run takes the same one. It owns
             these losses, and is held by a weak reference: dropped, a run is gone at once.
     """
 
-    def __init__(self, model: nn.Module, criterion: Criterion, batches: list[Batch]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        criterion: Criterion,
+        batches: list[Batch],
+        forward: Forward = of_pair,
+    ) -> None:
         self.model, self.criterion, self.batches = model, criterion, batches
+        self.forward = forward
         self._owner: Callable[[], HyperOptimizer | None] = lambda: None
 
     @property
@@ -67,8 +83,7 @@ class BatchLosses:
 
     def of(self, number: int) -> Tensor:
         """Return the loss of a batch; after the last comes the first."""
-        x, y = self.batches[number % len(self.batches)]
-        return self.criterion(self.model(x), y)
+        return self._of(self.batches[number % len(self.batches)])
 
     def few(self, count: int) -> Tensor:
         """Return the loss of so many examples of the first batch."""
@@ -76,8 +91,15 @@ class BatchLosses:
         def start(leaf: Tensor) -> Tensor:
             return leaf[:count] if leaf.dim() else leaf
 
-        x, y = tree_map_only(Tensor, start, self.batches[0])
-        return self.criterion(self.model(x), y)
+        return self._of(tree_map_only(Tensor, start, self.batches[0]))
+
+    def _of(self, batch: Batch) -> Tensor:
+        return loss_of(self.model, batch, self.criterion, self.forward)
+
+    def judged_by(self, criterion: Criterion, batches: list[Batch] | None = None) -> "BatchLosses":
+        """Return the losses of the same model by another criterion, or of other batches."""
+        batches = self.batches if batches is None else batches
+        return BatchLosses(self.model, criterion, batches, self.forward)
 
     def __call__(self) -> Tensor:
         """Return the loss of another batch in each period."""
@@ -111,7 +133,7 @@ def looked_at(inner: BatchLosses) -> tuple[BatchLosses, float]:
     Raises:
         ArgumentError, ArgumentTypeError: that is no finite number.
     """
-    few = BatchLosses(inner.model, inner.criterion, inner.batches[:_LOOKS_AT])
+    few = inner.judged_by(inner.criterion, inner.batches[:_LOOKS_AT])
     loss = few.mean()
     check_loss(loss, "The loss of the first training batches", has_graph=False)
     before = loss.item()
@@ -130,25 +152,29 @@ def probation_by(inner: tuple[BatchLosses, float], outer: tuple[BatchLosses, flo
     return Probation((few.mean, trial.mean), (before, before_outer), _LOOKS_AFTER, cost)
 
 
-def trial_by(
-    model: nn.Module, criterion: Criterion, outer_criterion: Criterion, batches: list[Batch]
-) -> tuple[BatchLosses, float]:
+def trial_by(losses: BatchLosses, outer_criterion: Criterion) -> tuple[BatchLosses, float]:
     """Return the losses that judge trials, and E at the initial weights.
 
     They are E and how far the criterion is above that at first.
+
+    Args:
+        losses: of validation batches, by the criterion of training.
+        outer_criterion: E's.
 
     Raises:
         ArgumentError: the outer criterion does not fit the model's outputs, or is not finite there.
     """
 
-    def both(z: Tensor, y: Any) -> Tensor:
+    criterion = losses.criterion
+
+    def both(z: Any, y: Any) -> Tensor:
         outer = outer_criterion(z, y)
         check_loss(outer, "The loss of a validation batch", has_graph=False)
         return torch.stack([criterion(z, y).reshape(()), outer.reshape(())])
 
     try:
         with torch.no_grad():
-            inner, outer = BatchLosses(model, both, batches).mean()
+            inner, outer = losses.judged_by(both).mean()
     except ArgumentError as error:
         raise ArgumentError(
             f"{error} It is the `outer_criterion`, which judges on validation data, and whose "
@@ -161,11 +187,11 @@ def trial_by(
             "for NaN in the data, and for classes with a logit of −∞: the default takes none."
         )
     judged = partial(_judged, criterion, outer_criterion, inner)
-    return BatchLosses(model, judged, batches), outer.item()
+    return losses.judged_by(judged), outer.item()
 
 
 def _judged(
-    criterion: Criterion, outer_criterion: Criterion, at_first: Tensor, z: Tensor, y: Any
+    criterion: Criterion, outer_criterion: Criterion, at_first: Tensor, z: Any, y: Any
 ) -> Tensor:
     return outer_criterion(z, y) + torch.relu(criterion(z, y) - at_first)
 
@@ -174,6 +200,7 @@ def first_batches(
     loader: Iterable[Batch],
     name: str,
     model: nn.Module,
+    forward: Forward,
     steps: int | None = None,
     count: float = math.inf,
 ) -> list[Batch]:
@@ -181,22 +208,30 @@ def first_batches(
 
     A small rest at the end of a pass does not count: repeated, it would be every fourth step.
     The order of the loader's next pass is what it would have been.
+
+    Raises:
+        ArgumentError: it is empty.
+        ArgumentTypeError: a batch is no pair (x, y), and `forward` is made for pairs.
     """
     device, found = next(model.parameters()).device, list[Batch]()
     before = [(generator, generator.get_state()) for generator in generators_of(loader)]
     with leaving_no_trace(model):
         for batch in itertools.islice(with_own_iterator(loader), steps):
-            found.append(placed(batch, device, f"{name} batch"))
+            found.append(placed(batch, device, forward, f"{name} batch"))
             if sum(map(examples, found)) >= count:
                 break
     for generator, state in before:
         generator.set_state(state)
-    largest = max(map(examples, found), default=0)
+    if not found:
+        raise ArgumentError(f"The {name} loader is empty. `from_any_start` needs its batches.")
+    largest = max(map(examples, found))
     return [batch for batch in found if examples(batch) >= REMAINDER * largest]
 
 
 def examples(batch: Batch) -> int:
     """Return the size of a batch: the length of its first tensor, of targets before inputs."""
-    x, y = batch
-    tensors = [leaf for leaf in tree_leaves((y, x)) if isinstance(leaf, Tensor) and leaf.dim()]
-    return len(tensors[0]) if tensors else len(y)
+    if isinstance(batch, Mapping):
+        batch = dict(batch)
+    leaves = tree_leaves(batch[::-1] if is_pair(batch) else batch)
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0]) if tensors else len(batch[1] if is_pair(batch) else batch)

@@ -282,6 +282,17 @@ def restore_groups(optimizer: torch.optim.Optimizer, before: Sequence[Mapping[st
         group.update(old)
 
 
+@contextmanager
+def groups_kept_on_error(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Within, an error leaves the param groups as they were."""
+    before = [dict(group) for group in optimizer.param_groups]
+    try:
+        yield
+    except BaseException:
+        restore_groups(optimizer, before)
+        raise
+
+
 def starting_values(owner: str, groups: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     """Return a setting's number in every group; `lr` before any schedule."""
     found = [base_rate(group) if name == "lr" else read_setting(group, name) for group in groups]

@@ -1,6 +1,6 @@
 """The usual outer loss E(s_T, λ): a criterion on the next batch of a validation loader."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
 from typing import Any
@@ -12,11 +12,23 @@ from torch.utils.data import DataLoader
 from .errors import ArgumentError, ArgumentTypeError, kind_of
 from .surroundings import leaving_no_trace
 
-Batch = tuple[Any, Any]
+Batch = Any
+Criterion = Callable[[Any, Any], Tensor]
+#: Returns outputs and targets, of a model and a batch.
+Forward = Callable[[nn.Module, Batch], tuple[Any, Any]]
 
-#: What to do about batches that are no pairs: where E is meant, and where pairs are needed.
-ANY_OUTER_LOSS = "For other batches pass a callable that returns the outer loss."
-PAIRS_ALONE = "Give its loader a `collate_fn` that returns one."
+
+def of_pair(model: nn.Module, batch: Batch) -> tuple[Any, Any]:
+    """Return the outputs on a batch (x, y), and its targets."""
+    x, y = batch
+    return model(x), y
+
+
+#: What to do about batches of another form.
+_FORWARD = (
+    "For batches of another form pass a `forward` that returns the outputs and the targets: "
+    '`forward=lambda model, batch: (model(**batch).logits, batch["labels"])`.'
+)
 
 
 class ValidationLoss:
@@ -32,11 +44,14 @@ class ValidationLoss:
         criterion: `criterion(model(x), y)` returns a scalar tensor.
         loader: any re-iterable of `(x, y)` batches, such as a `DataLoader`. Batches are moved to
             the device of the model.
+        forward: `forward(model, batch)` returns outputs and targets, for batches of another form:
+            `lambda model, batch: (model(**batch).logits, batch["labels"])`.
 
     Raises:
         ArgumentError: the loader is empty, or the model has no parameters.
-        ArgumentTypeError: the model is no module, the criterion cannot be called, the loader cannot
-            be iterated, or a batch is not a pair `(x, y)`.
+        ArgumentTypeError: the model is no module, `criterion` or `forward` cannot be called, the
+            loader cannot be iterated, or a batch is not a pair `(x, y)` though there is no
+            `forward`.
 
     Cost: one forward pass per call, and one backward pass for its gradient.
 
@@ -48,15 +63,17 @@ class ValidationLoss:
     """
 
     def __init__(
-        self, model: nn.Module, criterion: Callable[[Tensor, Any], Tensor], loader: Any
+        self, model: nn.Module, criterion: Criterion, loader: Any, forward: Forward = of_pair
     ) -> None:
         _check_model(model)
         check_criterion(criterion)
+        check_forward(forward)
         check_loader(loader)
         if length_of(loader) == 0:
             raise ArgumentError("`loader` is empty. An outer loss needs validation data.")
         self.model = model
         self.criterion = criterion
+        self.forward = forward
         self.loader = with_own_iterator(loader)
         self._random = torch.Generator().manual_seed(torch.initial_seed()).get_state()
         self._batches: Iterator[Batch] | None = None
@@ -71,7 +88,7 @@ class ValidationLoss:
             if self._held is not None:
                 self._held = [batch]
             self.model.eval()
-            return self.criterion(self.model(batch[0]), batch[1])
+            return loss_of(self.model, batch, self.criterion, self.forward)
 
     @contextmanager
     def one_batch(self) -> Iterator[None]:
@@ -92,7 +109,7 @@ class ValidationLoss:
         finally:
             self._random = torch.get_rng_state()
         device = next(self.model.parameters()).device
-        return placed(batch, device, "validation batch", ANY_OUTER_LOSS)
+        return placed(batch, device, self.forward, "validation batch")
 
     def _draw(self) -> Any:
         if self._batches is None:
@@ -180,6 +197,19 @@ def check_criterion(criterion: Any, name: str = "criterion") -> None:
         )
 
 
+def check_forward(forward: Any) -> None:
+    """Refuse what cannot be called with a model and a batch.
+
+    Raises:
+        ArgumentTypeError: says what it is.
+    """
+    if isinstance(forward, type) or not callable(forward):
+        raise ArgumentTypeError(
+            "`forward` must be callable with the model and a batch. "
+            f"Got {kind_of(forward)}. {_FORWARD}"
+        )
+
+
 def check_loader(loader: Any, name: str = "loader") -> None:
     """Refuse what can be iterated only once, or not at all.
 
@@ -212,25 +242,40 @@ def generators_of(loader: Any) -> list[torch.Generator]:
     return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
 
 
-def placed(
-    batch: Any, device: torch.device, name: str = "batch", advice: str = PAIRS_ALONE
-) -> Batch:
-    """Return a batch on the model's device, once it is a pair (x, y).
+def placed(batch: Any, device: torch.device, forward: Forward, name: str) -> Batch:
+    """Return a batch on the model's device.
 
     Args:
         batch: what a loader yielded.
         device: the model's.
+        forward: what will be made of it; by default it must be a pair (x, y).
         name: what to call it in an error.
-        advice: what to do where a batch is something else.
 
     Raises:
         ArgumentTypeError: it is no pair.
     """
-    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+    if forward is of_pair and not is_pair(batch):
         raise ArgumentTypeError(
-            f"A {name} must be a pair (x, y). Got {type(batch).__name__}. {advice}"
+            f"A {name} must be a pair (x, y). Got {type(batch).__name__}. {_FORWARD}"
         )
-    return _moved(batch[0], device), _moved(batch[1], device)
+    return _moved(batch, device)
+
+
+def is_pair(batch: Any) -> bool:
+    """Whether a batch has the form (x, y)."""
+    return isinstance(batch, (tuple, list)) and len(batch) == 2
+
+
+def loss_of(model: nn.Module, batch: Batch, criterion: Criterion, forward: Forward) -> Tensor:
+    """Return the criterion of a model on a batch.
+
+    Raises:
+        ArgumentTypeError: `forward` returns something else than outputs and targets.
+    """
+    found = forward(model, batch)
+    if not is_pair(found):
+        raise ArgumentTypeError(f"`forward` must return a pair. Got {kind_of(found)}. {_FORWARD}")
+    return criterion(*found)
 
 
 def _moved(value: Any, device: torch.device) -> Any:
@@ -238,7 +283,7 @@ def _moved(value: Any, device: torch.device) -> Any:
         return value.to(device, non_blocking=True)
     if hasattr(value, "to"):  # a PackedSequence, a batch of graphs, …
         return value.to(device)
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _moved(item, device) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return type(value)(*[_moved(item, device) for item in value])

@@ -106,6 +106,13 @@ def start_anywhere(
     )
 
 
+#: What to do about batches that are no pairs.
+ANOTHER_FORM = (
+    "For batches of another form pass a `forward` that returns the outputs and the targets: "
+    '`forward=lambda model, batch: (model(**batch).logits, batch["labels"])`.'
+)
+
+
 def each(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     """A criterion that somebody forgot to reduce."""
     return nn.functional.mse_loss(x, y, reduction="none")
@@ -376,20 +383,33 @@ USE = [
     type_error(
         "validation batches that are not pairs",
         lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, [b.data[0][0]])(),
-        "A validation batch must be a pair (x, y). Got Tensor. "
-        "For other batches pass a callable that returns the outer loss.",
+        f"A validation batch must be a pair (x, y). Got Tensor. {ANOTHER_FORM}",
     ),
     type_error(
         "training batches that are not pairs",
         start_anywhere([torch.zeros(3, 4)], None),
-        "A training batch must be a pair (x, y). Got Tensor. "
-        "Give its loader a `collate_fn` that returns one.",
+        f"A training batch must be a pair (x, y). Got Tensor. {ANOTHER_FORM}",
     ),
     type_error(
         "validation batches of a run from any start that are not pairs",
         start_anywhere(None, [{"x": 1}]),
-        "A validation batch must be a pair (x, y). Got dict. "
-        "Give its loader a `collate_fn` that returns one.",
+        f"A validation batch must be a pair (x, y). Got dict. {ANOTHER_FORM}",
+    ),
+    type_error(
+        "a `forward` that is a module's class",
+        start_anywhere(forward=nn.Linear),
+        "`forward` must be callable with the model and a batch. Got the class Linear. "
+        + ANOTHER_FORM,
+    ),
+    type_error(
+        "a `forward` of an outer loss that cannot be called",
+        lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, b.data, forward=3),
+        f"`forward` must be callable with the model and a batch. Got int. {ANOTHER_FORM}",
+    ),
+    type_error(
+        "a `forward` that forgets the targets",
+        start_anywhere(forward=lambda model, batch: model(batch[0])),
+        f"`forward` must return a pair. Got Tensor. {ANOTHER_FORM}",
     ),
     type_error(
         "training batches of a run from any start that can be read only once",

@@ -4,6 +4,8 @@ import copy
 import gc
 import math
 import weakref
+from collections import UserDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -433,10 +435,66 @@ def test_a_warm_up_that_is_there_already_does_not_count():
     assert found[0] == found[1]
 
 
+class Answer(NamedTuple):
+    logits: torch.Tensor
+    hidden: torch.Tensor
+
+
+class TakesKeywords(torch.nn.Module):
+    """A model as transformers has them: called with keywords, it returns named outputs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = network()
+
+    def forward(self, pixels, labels=None):
+        return Answer(self.body(pixels), pixels)
+
+
+class Encoding(UserDict):
+    """A batch that is no dict, and that knows how to move."""
+
+    def to(self, device):
+        return Encoding({key: value.to(device) for key, value in self.items()})
+
+
+@pytest.mark.parametrize("form", [dict, Encoding])
+def test_batches_may_have_another_form(form):
+    """They are the same run."""
+
+    def collate(examples):
+        x, y = torch.utils.data.default_collate(examples)
+        return form(pixels=x, labels=y)
+
+    def logits_and_labels(model, batch):
+        return model(**batch).logits, batch["labels"]
+
+    expected, plain, *rest = started(0.1, 1e-3)
+    run(expected, plain, *rest, STEPS)
+    model = TakesKeywords()
+    train, validation = loaders()
+    for loader in (train, validation):
+        loader.collate_fn = collate
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+    optimizer = from_any_start(
+        bare, model, cross_entropy, train, validation, STEPS, forward=logits_and_labels
+    )
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1 - t / STEPS)
+    for _ in range(STEPS // len(train)):
+        for batch in train:
+            optimizer.zero_grad()
+            cross_entropy(model(**batch).logits, batch["labels"]).backward()
+            optimizer.step()
+            scheduler.step()
+    assert optimizer.cost == plain.cost
+    assert optimizer.hyperparameters["lr"]() == plain.hyperparameters["lr"]()
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+
+
 def test_what_cannot_start_is_refused():
     model, (train, validation) = network(), loaders()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
-    with pytest.raises(hypertorch.ArgumentError, match="A loader is empty"):
+    with pytest.raises(hypertorch.ArgumentError, match="The training loader is empty"):
         from_any_start(sgd, model, cross_entropy, [], validation, 10)
     with pytest.raises(hypertorch.ArgumentTypeError, match=r"A training batch must be a pair"):
         from_any_start(sgd, model, cross_entropy, [torch.ones(3)], validation, 10)

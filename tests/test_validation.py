@@ -187,6 +187,28 @@ def test_batches_may_be_nested_and_are_moved_to_the_models_device():
     assert loss().item() == 4.0
 
 
+def test_batches_of_another_form_are_taken_apart_by_whoever_knows_them():
+    """Here by keywords; they are moved, and all else is as with pairs."""
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, inputs, scale):
+            return super().forward(scale * inputs)
+
+    model = Scaled(3, 2)
+    torch.manual_seed(0)
+    dicts = [{"inputs": torch.randn(4, 3), "scale": 2.0, "y": torch.randn(4, 2)} for _ in range(3)]
+
+    def forward(model, batch):
+        return model(batch["inputs"], batch["scale"]), batch["y"]
+
+    loss = ValidationLoss(model, mse, dicts, forward)
+    for batch in [*dicts, *dicts]:
+        expected = mse(
+            torch.nn.functional.linear(2 * batch["inputs"], *model.parameters()), batch["y"]
+        )
+        assert torch.equal(loss(), expected)
+
+
 def test_a_loader_that_runs_dry_after_its_first_pass_says_so():
     class Once:
         def __init__(self):
