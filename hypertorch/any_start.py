@@ -25,7 +25,7 @@ from torch import nn
 from .arguments import check_pieces, whole
 from .calibration import calibrated_cross_entropy
 from .double_backward import check_second_derivatives
-from .errors import ArgumentError, HypertorchWarning, UnsupportedError
+from .errors import ArgumentError, HypertorchWarning, UnsupportedError, warn
 from .forgetting import shrinking_factors, start_weight_decay
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
@@ -210,11 +210,7 @@ def from_any_start(
     every = _period(steps, spent) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
     if loop.update_every > steps:
-        warnings.warn(
-            f"A run of {steps} steps is too short for an update: η and λ stay where they start.",
-            HypertorchWarning,
-            stacklevel=2,
-        )
+        warn(f"A run of {steps} steps is too short for an update: η and λ stay where they start.")
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts
     return wrapped
 
@@ -252,11 +248,9 @@ def _check_start(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
             'with `max_lr=optimizer.param_groups[0]["lr"]`.'
         )
     if not model.training:
-        warnings.warn(
+        warn(
             "The model is in eval mode, and so are the trials. Call `model.train()` before, if "
-            "training will be in that mode.",
-            HypertorchWarning,
-            stacklevel=3,
+            "training will be in that mode."
         )
 
 

@@ -5,6 +5,9 @@ A message says what is wrong, what was got, and what to do about it.
 
 import difflib
 import numbers
+import re
+import sys
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -51,6 +54,18 @@ class SolverError(HypertorchError, ArithmeticError):
 
 class HypertorchWarning(UserWarning):
     """Something a user should know once, and that does not stop the run."""
+
+
+def warn(message: str) -> None:
+    """Warn of the line outside this package, and outside torch, from which it was called."""
+    level, frame = 1, sys._getframe()
+    while frame.f_back is not None and _INSIDE.match(frame.f_globals.get("__name__", "")):
+        level, frame = level + 1, frame.f_back
+    warnings.warn(message, HypertorchWarning, stacklevel=level)
+
+
+#: The modules whose lines tell a user nothing.
+_INSIDE = re.compile(r"(hypertorch|torch|contextlib|functools)(\.|$)")
 
 
 def check_number(

@@ -1,7 +1,6 @@
 """λ: a raw tensor ρ, and the constraint that maps it to λ = c(ρ)."""
 
 import numbers
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -20,7 +19,7 @@ from .constraints import (
     to_value,
 )
 from .entries import entries, ordinary
-from .errors import ArgumentError, ArgumentTypeError, HypertorchWarning, kind_of
+from .errors import ArgumentError, ArgumentTypeError, kind_of, warn
 
 
 class Hyperparameter:
@@ -94,11 +93,9 @@ class Hyperparameter:
         """Let λ be `value`, in its own units; ρ follows."""
         inside = just_inside(value.detach(), self.constraint, self.name)
         if not torch.equal(inside, value):
-            warnings.warn(
+            warn(
                 f"`{self.name}` starts at {_brief(inside)}, just inside its set: "
-                f"{_brief(value)} lies on the boundary, where its hypergradient vanishes.",
-                HypertorchWarning,
-                stacklevel=2,
+                f"{_brief(value)} lies on the boundary, where its hypergradient vanishes."
             )
         raw = to_raw(inside, self.constraint).clone(memory_format=torch.contiguous_format)
         self.raw = raw.requires_grad_()

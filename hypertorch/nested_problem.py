@@ -6,7 +6,6 @@ How λ then moves is not its business.
 """
 
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -16,10 +15,10 @@ from torch import Tensor
 from .errors import (
     ArgumentError,
     ArgumentTypeError,
-    HypertorchWarning,
     SolverError,
     UnsupportedError,
     check_number,
+    warn,
 )
 from .hypergradients.linear_solvers import ConjugateGradient, Lanczos, LinearSolver
 from .hypergradients.linear_system import length
@@ -187,12 +186,10 @@ class NestedProblem:
     def _warn(self, residual: float, tolerance: float) -> None:
         if not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"The inner solver ended at a relative residual of {residual:.2g}, above the "
                 f"tolerance {tolerance:.2g}, and the hypergradient is as inexact. Give it more "
-                "steps, or ask for less (this is said once).",
-                HypertorchWarning,
-                stacklevel=4,
+                "steps, or ask for less (this is said once)."
             )
 
 

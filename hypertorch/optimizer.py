@@ -3,7 +3,6 @@
 The shell a user holds: what torch expects of an optimizer, and which step is which.
 """
 
-import warnings
 from collections.abc import Iterable, Mapping
 from copy import deepcopy
 from typing import Any
@@ -15,7 +14,7 @@ from . import arguments
 from .checkpoint import check_checkpoint
 from .dynamics import check_options, dynamics_of
 from .entries import dense
-from .errors import Diverged, HypertorchWarning
+from .errors import Diverged, warn
 from .hypergradients import Engine, OuterLoss, TrainingStep, Unroll
 from .hyperparameters import Hyperparameter
 from .inner_loss import LEFT_OUT, InnerLoss, missing_loss
@@ -184,7 +183,7 @@ class HyperOptimizer(OptimizerWrapper):
         takes_any = self._loop is None or self._loop.engine.needs == "gradients"
         try:
             if takes_any and inner.is_left_out():
-                self._warn(LEFT_OUT, stacklevel=4)
+                self._warn(LEFT_OUT)
             elif self._loop is None:
                 self._plain_step(inner)
                 self._steps += 1
@@ -198,7 +197,7 @@ class HyperOptimizer(OptimizerWrapper):
         was_due = loop.is_window_due
         try:
             loop.see_to_snapshot()
-            self._warn(self._groups.said_of_rates(), stacklevel=5)
+            self._warn(self._groups.said_of_rates())
             is_missing = was_due and not inner.suits(loop.engine)
             if is_missing:
                 self._refuse_or_warn(loop, inner)
@@ -247,12 +246,12 @@ class HyperOptimizer(OptimizerWrapper):
         """Say what a step without a loss means where a window is open or due."""
         said = missing_loss(inner, loop.engine, loop.window, loop.is_window_open)
         self._gradients()
-        self._warn(said, stacklevel=6)
+        self._warn(said)
 
-    def _warn(self, said: str | None, stacklevel: int) -> None:
+    def _warn(self, said: str | None) -> None:
         if said and said not in self._warned:
             self._warned.add(said)
-            warnings.warn(said, HypertorchWarning, stacklevel=stacklevel)
+            warn(said)
 
     def close(self) -> None:
         """Hand an open window back to the live model and optimizer, without an outer update.

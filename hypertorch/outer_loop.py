@@ -4,7 +4,6 @@ Every `update_every` training steps the first `window` of them are differentiate
 end dE/dλ moves ρ, and λ = c(ρ) goes on training the weights.
 """
 
-import warnings
 import weakref
 from collections.abc import Mapping
 from copy import deepcopy
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from .arguments import place
 from .double_backward import TwiceDifferentiable
-from .errors import Diverged, HypertorchWarning
+from .errors import Diverged, warn
 from .gradient_hooks import refuse_gradient_hooks
 from .hypergradients import Carried, Engine, OuterLoss, Training, TrainingStep, Window
 from .hyperparameters import Hyperparameter
@@ -179,7 +178,7 @@ class OuterLoop:
         self._carried = None
         self._cuts += 1
         if self._cuts == 3:
-            warnings.warn(WRITTEN_TO, HypertorchWarning, stacklevel=5)
+            warn(WRITTEN_TO)
         if found is not None:
             set_gradients(params_of(self.optimizer), found)
         return True

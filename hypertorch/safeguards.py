@@ -5,7 +5,6 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 """
 
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -13,14 +12,7 @@ import torch
 from torch import Tensor
 
 from .constraints import to_raw
-from .errors import (
-    Diverged,
-    DivergenceError,
-    HypertorchWarning,
-    Relapsed,
-    check_count,
-    check_number,
-)
+from .errors import Diverged, DivergenceError, Relapsed, check_count, check_number, warn
 from .hyperparameters import Hyperparameter
 from .probation import Probation
 from .snapshot import Snapshot
@@ -289,11 +281,9 @@ class Safeguards:
         """Say once that training is rolled back again and again, though it goes well in between."""
         if self._in_a_row == 1 and self.rollbacks >= 3 and not self._has_warned:
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"Training was rolled back {self.rollbacks} times so far; now, {reason}. Each time "
-                "costs the steps since the last window began, and divides an η that is learned.",
-                HypertorchWarning,
-                stacklevel=7,
+                "costs the steps since the last window began, and divides an η that is learned."
             )
 
     def state_dict(self) -> dict[str, Any]:

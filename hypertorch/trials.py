@@ -5,7 +5,6 @@ the weights before λ can follow. From any starting value, short trials settle �
 """
 
 import math
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_outer_loss, whole
-from .errors import ArgumentError, HypertorchWarning
+from .errors import ArgumentError, warn
 from .functional import as_it_was, check_wrapped, closures
 from .hypergradients import OuterLoss
 from .inner_loss import checked, one_batch
@@ -187,12 +186,10 @@ class _Search:
         if share >= TELLING:
             return self.rate(min(self.found, key=lambda tried: self.found[tried]))
         rate = self.rate(boldest)
-        warnings.warn(
+        warn(
             f"{self.length} training steps lower the outer loss by {max(0.0, share):.1%} at "
             f"most, which says little of η; {rate:g} is a guess. Normalise the inputs, or look "
-            "for an η with more steps or validation data.",
-            HypertorchWarning,
-            stacklevel=4,
+            "for an η with more steps or validation data."
         )
         return rate
 

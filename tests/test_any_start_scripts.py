@@ -234,8 +234,9 @@ def test_a_scheduler_with_rates_of_its_own_comes_after():
 
 def test_a_run_too_short_for_an_update_is_warned_of():
     model, (train, validation) = network(), loaders()
-    with pytest.warns(hypertorch.HypertorchWarning, match="13 steps is too short for an update"):
+    with pytest.warns(hypertorch.HypertorchWarning, match="13 steps is too short") as said:
         from_any_start(sgd(model), model, cross_entropy, train, validation, 13)
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_what_is_wrapped_already_is_refused():
@@ -305,14 +306,16 @@ def test_trials_that_see_only_the_biases_are_warned_of():
     torch.manual_seed(0)
     model, (x, y) = torch.nn.Linear(64, 10), VALIDATION
     batches = [(0.01 * x[i : i + 50], y[i : i + 50]) for i in range(0, 300, 50)]
-    with pytest.warns(hypertorch.HypertorchWarning, match="which says little of η"):
+    with pytest.warns(hypertorch.HypertorchWarning, match="which says little of η") as said:
         from_any_start(sgd(model), model, cross_entropy, batches, batches, STEPS)
+    assert [warning.filename for warning in said] == [__file__]
 
 
 def test_a_model_in_eval_mode_is_warned_of():
     model, (train, validation) = network().eval(), loaders()
-    with pytest.warns(hypertorch.HypertorchWarning, match="is in eval mode"):
+    with pytest.warns(hypertorch.HypertorchWarning, match="is in eval mode") as said:
         from_any_start(sgd(model), model, cross_entropy, train, validation, STEPS)
+    assert [warning.filename for warning in said] == [__file__]
 
 
 @pytest.mark.parametrize("kind", ["tuple", "dict", "list of tensors"])

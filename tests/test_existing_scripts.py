@@ -313,6 +313,7 @@ def test_repeated_rollbacks_are_said_once():
     """Every tenth loss alone is larger: that in between says nothing of where the next is from."""
     model = mlp()
     optimizer = wrapped(built("SGD", model, lr=1e-4), model, outer=STILL)
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda t: 1.0)  # wraps its `step`
     with pytest.warns(hypertorch.HypertorchWarning, match=r"rolled back 3 times.*explosion") as w:
         for t, (x, y) in enumerate(batches(80)):
             optimizer.step(mse(model(x), y) * (50 if t % 10 == 9 else 1))

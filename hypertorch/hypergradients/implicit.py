@@ -3,19 +3,12 @@
 A = ∂Φ/∂s and B = ∂Φ/∂λ of one step, as products; how training came to s* does not matter.
 """
 
-import warnings
 from collections.abc import Callable
 
 from torch import Tensor
 
 from ..dynamics import Dynamics
-from ..errors import (
-    ArgumentError,
-    ArgumentTypeError,
-    HypertorchWarning,
-    SolverError,
-    UnsupportedError,
-)
+from ..errors import ArgumentError, ArgumentTypeError, SolverError, UnsupportedError, warn
 from ..settings import where_learned
 from ..transition import Linearised
 from .averages import check_average
@@ -229,13 +222,11 @@ class Implicit(Engine):
             raise SolverError(f"{system.name}, of `Implicit` at the last step. {error}") from error
         if not (found.converged or self._has_warned or self.solver.rtol == self.solver.atol == 0):
             self._has_warned = True
-            warnings.warn(
+            warn(
                 f"The linear system of `Implicit` ended at a residual of {found.residual:.2g}, "
                 f"above the tolerance, after {found.matvecs} products, and the hypergradient is as "
                 f"inexact. Give {self.solver!r} more `max_steps` or a larger `rtol`; with `rtol=0` "
-                "it makes `max_steps` steps, and this is not said.",
-                HypertorchWarning,
-                stacklevel=2,
+                "it makes `max_steps` steps, and this is not said."
             )
         return found
 
