@@ -37,10 +37,11 @@ def hooked(step: Callable[P, R]) -> Callable[P, R]:
             or _global_optimizer_post_hooks
         )
         is_seen = bool(has_hooks) or torch.autograd._profiler_enabled()
-        return (by_torch if is_seen and type(self).step is run else step)(*args, **kwargs)
+        return (by_torch if is_seen and type(self).step is eager else step)(*args, **kwargs)
 
-    run.hooked = True  # type: ignore[attr-defined]  # torch need not wrap it
-    return run
+    eager: Any = torch._disable_dynamo(run)  # a compiled training step runs this as it is written
+    eager.hooked = True  # torch need not wrap it
+    return eager
 
 
 class OptimizerWrapper(torch.optim.Optimizer):

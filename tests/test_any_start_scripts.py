@@ -75,7 +75,12 @@ def compiled(model, optimizer, x, y):
     cross_entropy(torch.compile(model, backend="eager")(x), y).backward()
 
 
-def trained(gradient):
+def plainly(model, optimizer, x, y):
+    """The loss as it is."""
+    cross_entropy(model(x), y).backward()
+
+
+def trained(gradient, compiles_step=False):
     """Return what a run of from any start ends with, and whether it learned both."""
     model, (train, validation) = network(), loaders()
     model.double()[2].p = 0.0
@@ -83,18 +88,28 @@ def trained(gradient):
     bare = sgd(model, momentum=0.9)
     optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
     before = {name: h().item() for name, h in optimizer.hyperparameters.items()}
-    for x, y in itertools.islice(itertools.cycle(train), STEPS):
+
+    def step(x, y):
         optimizer.zero_grad()
         gradient(model, optimizer, x, y)
         optimizer.step()
+
+    torch.compiler.reset()
+    made = torch.compile(step, backend="eager") if compiles_step else step
+    for x, y in itertools.islice(itertools.cycle(train), STEPS):
+        made(x, y)
     after = {name: h().item() for name, h in optimizer.hyperparameters.items()}
     return [*after.values(), *model.parameters()], all(after[n] != before[n] for n in after)
 
 
-@pytest.mark.parametrize("gradient", [in_halves, scaled, clipped, compiled])
-def test_a_loop_that_makes_its_gradients_otherwise_learns_the_same(gradient):
-    plain, _ = trained(lambda model, _, x, y: cross_entropy(model(x), y).backward())
-    otherwise, has_learned = trained(gradient)
+@pytest.mark.parametrize(
+    ("gradient", "compiles_step"),
+    [(in_halves, False), (scaled, False), (clipped, False), (compiled, False), (plainly, True)],
+    ids=["in halves", "scaled", "clipped", "a compiled model", "a compiled step"],
+)
+def test_a_loop_that_makes_its_gradients_otherwise_learns_the_same(gradient, compiles_step):
+    plain, _ = trained(plainly)
+    otherwise, has_learned = trained(gradient, compiles_step)
     assert has_learned
     for one, other in zip(plain, otherwise, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-6, atol=1e-9)
