@@ -56,16 +56,16 @@ class HypertorchWarning(UserWarning):
     """Something a user should know once, and that does not stop the run."""
 
 
+#: The modules whose lines tell a user nothing.
+_INSIDE = re.compile(r"(hypertorch|torch|contextlib|functools)(\.|$)")
+
+
 def warn(message: str) -> None:
     """Warn of the line outside this package, and outside torch, from which it was called."""
     level, frame = 1, sys._getframe()
     while frame.f_back is not None and _INSIDE.match(frame.f_globals.get("__name__", "")):
         level, frame = level + 1, frame.f_back
     warnings.warn(message, HypertorchWarning, stacklevel=level)
-
-
-#: The modules whose lines tell a user nothing.
-_INSIDE = re.compile(r"(hypertorch|torch|contextlib|functools)(\.|$)")
 
 
 def check_number(

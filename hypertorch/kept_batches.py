@@ -230,8 +230,8 @@ def first_batches(
 
 def examples(batch: Batch) -> int:
     """Return the size of a batch: the length of its first tensor, of targets before inputs."""
-    if isinstance(batch, Mapping):
-        batch = dict(batch)
-    leaves = tree_leaves(batch[::-1] if is_pair(batch) else batch)
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim()]
-    return len(tensors[0]) if tensors else len(batch[1] if is_pair(batch) else batch)
+    parts = (
+        batch[::-1] if is_pair(batch) else [dict(batch) if isinstance(batch, Mapping) else batch]
+    )
+    tensors = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor) and leaf.dim()]
+    return len(tensors[0] if tensors else parts[0])

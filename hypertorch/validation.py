@@ -189,12 +189,10 @@ def check_criterion(criterion: Any, name: str = "criterion") -> None:
     Raises:
         ArgumentTypeError: says what it is.
     """
-    if isinstance(criterion, type) or not callable(criterion):
-        raise ArgumentTypeError(
-            f"`{name}` must be callable with the model's outputs and the targets. "
-            f"Got {kind_of(criterion)}. Pass torch.nn.functional.cross_entropy, or an object such "
-            "as torch.nn.CrossEntropyLoss()."
-        )
+    advice = (
+        "Pass torch.nn.functional.cross_entropy, or an object such as torch.nn.CrossEntropyLoss()."
+    )
+    _check_callable(criterion, name, "the model's outputs and the targets", advice)
 
 
 def check_forward(forward: Any) -> None:
@@ -203,10 +201,13 @@ def check_forward(forward: Any) -> None:
     Raises:
         ArgumentTypeError: says what it is.
     """
-    if isinstance(forward, type) or not callable(forward):
+    _check_callable(forward, "forward", "the model and a batch", _FORWARD)
+
+
+def _check_callable(what: Any, name: str, takes: str, advice: str) -> None:
+    if isinstance(what, type) or not callable(what):
         raise ArgumentTypeError(
-            "`forward` must be callable with the model and a batch. "
-            f"Got {kind_of(forward)}. {_FORWARD}"
+            f"`{name}` must be callable with {takes}. Got {kind_of(what)}. {advice}"
         )
 
 

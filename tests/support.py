@@ -137,6 +137,20 @@ def learned(optimizer: hypertorch.HyperOptimizer) -> dict[str, Any]:
     }
 
 
+def counted_backend() -> tuple[list[int], Callable[..., Any]]:
+    """Return a backend for `torch.compile`, and the list that grows with each run of a graph."""
+    runs: list[int] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        def run(*args: Any) -> Any:
+            runs.append(1)
+            return graph(*args)
+
+        return run
+
+    return runs, backend
+
+
 def once_differentiable(
     name: str, function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]
 ) -> type[torch.autograd.Function]:

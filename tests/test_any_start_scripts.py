@@ -249,7 +249,8 @@ def test_a_scheduler_with_rates_of_its_own_comes_after():
 
 def test_a_run_too_short_for_an_update_is_warned_of():
     model, (train, validation) = network(), loaders()
-    with pytest.warns(hypertorch.HypertorchWarning, match="13 steps is too short") as said:
+    expected = "13 steps is too short for an update"
+    with pytest.warns(hypertorch.HypertorchWarning, match=expected) as said:
         from_any_start(sgd(model), model, cross_entropy, train, validation, 13)
     assert [warning.filename for warning in said] == [__file__]
 

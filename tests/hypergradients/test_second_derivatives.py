@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import once_differentiable
+from support import counted_backend, once_differentiable
 from torch import Tensor, nn, optim
 
 import hypertorch
@@ -104,15 +104,7 @@ def test_a_compiled_loss_is_run_as_it_was_written_while_a_window_lasts(
     engine: Any, has_all: bool
 ) -> None:
     """What is compiled for a model's Parameters would not see the weights of a window."""
-    runs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        def run(*args: Any) -> Any:
-            runs.append(1)
-            return graph(*args)
-
-        return run
-
+    runs, backend = counted_backend()
     torch.compiler.reset()
     optimizer, loss = wrapped(torch.square)
     expected = hypergradient(optimizer, [loss] * 4, loss, engine)

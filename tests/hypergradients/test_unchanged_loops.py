@@ -19,6 +19,7 @@ from support import (
     assert_identical,
     batches,
     built,
+    counted_backend,
     is_open,
     learned,
     mse,
@@ -274,15 +275,7 @@ def test_a_closure_that_runs_backward_may_return_nothing() -> None:
 
 def test_a_compiled_model_stays_compiled_in_windows() -> None:
     """Every training step runs the compiled graph, and an averaged outer loss leaves it alone."""
-    runs = []
-
-    def backend(graph: torch.fx.GraphModule, inputs: Any) -> Any:
-        def run(*args: Any) -> Any:
-            runs.append(1)
-            return graph(*args)
-
-        return run
-
+    runs, backend = counted_backend()
     for engine in ENGINES.values():
         torch.compiler.reset()
         make = partial(network, dropout=0.0)
