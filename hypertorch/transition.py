@@ -124,14 +124,18 @@ class Linearised:
         in_loss = {n: h.value for n, h in hyperparameters.items() if not isinstance(h, Setting)}
         self._joint = [*trainable(state.params), *in_loss.values()]
         self._in_loss = list(in_loss)
-        graph = LossGraph(loss, state.params)
-        graph.check_references()
-        graph.check_second_derivatives()
+        self._loss_graph = LossGraph(loss, state.params)
+        self._loss_graph.check_references()
+        self._loss_graph.check_second_derivatives()
         self._gradient = torch.autograd.grad(
             loss, self._joint, seed(loss), create_graph=True, allow_unused=True
         )
         self.grads = per_parameter(self._gradient, state.params)
         check_dependence(self.grads)
+
+    def leaves(self) -> set[int]:
+        """Return the ids of the leaves that the inner loss is differentiable in."""
+        return self._loss_graph.leaves()
 
     def settled_grads(self) -> list[Tensor | None]:
         """Return ∇L without its graph: numbers to step along."""

@@ -6,7 +6,7 @@ was made with. A state that was not stored is found from the one after it, where
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import check_number
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
-from ..transition import Gradients, Linearised, vjp
+from ..transition import Linearised, vjp
 from .engine import (
     Carried,
     Engine,
@@ -45,7 +45,8 @@ class Replay(Engine):
     times at most (32 steps at μ = 0.9, 344 at 0.99), the weights are in single or double precision
     and the module buffers small. Where that does not lead to the stored state, and for other
     dynamics, steps are made again from there. With `None` they are too where graphs are small (a
-    perceptron's takes a tenth of a state, a convolutional network's may take hundreds), and kept.
+    perceptron's takes a tenth of a state, a convolutional network's may take hundreds), and kept,
+    in one graph for as many steps as there is room for.
 
     Cost: K training steps, one outer gradient, and for each step a gradient with its graph and a
     Hessian-vector product (about three gradients); one more gradient where steps are made again
@@ -106,17 +107,20 @@ def _most(spacing: int, reach: float) -> int:
 
 @dataclass
 class _Ready:
-    """A step that was made again and waits for its adjoint.
+    """Steps in a row that were made again and wait for their adjoint, in one graph.
 
     Attributes:
-        state: s_{t-1}, in leaves.
-        following: s_t, in the graph of s_{t-1} and λ.
-        loss: without a graph.
+        state: s before the first of them, in leaves.
+        following: s after the last, in the graph of `state` and λ.
+        losses: of each, without a graph.
+        is_closed: whether a loss uses leaves of its own, so that no step may follow: who
+            differentiates a later loss in these is to see the weights, not how they came about.
     """
 
     state: State
     following: State
-    loss: Tensor
+    losses: list[Tensor]
+    is_closed: bool = False
 
 
 class ReplayedWindow(LiveWindow):
@@ -210,16 +214,16 @@ class ReplayedWindow(LiveWindow):
     def _along(
         self, start: int, steps: Iterator[_Ready], adjoint: Parts
     ) -> tuple[Parts, dict[str, Tensor]]:
-        """Take α through steps, the last one first, down to step `start`."""
-        losses, total = [], dict[str, Tensor]()
+        """Take α through steps, the last ones first, down to step `start`."""
+        losses, total = list[Tensor](), dict[str, Tensor]()
         for step in steps:
             values = self.training.values()
             adjoint, of_hyperparameters = vjp(
                 step.state, values, step.following, adjoint, keeps_graph=False
             )
             total = added(total, of_hyperparameters)
-            losses.append(step.loss)
-            del step  # its graph goes before there is another
+            losses += reversed(step.losses)
+            del step  # what is left of its graph goes before there is another
         self._recording.check(reversed(losses), first=start)
         return adjoint, total
 
@@ -231,78 +235,114 @@ class ReplayedWindow(LiveWindow):
         """
         stored, after = self._stored[start], after.copied()
         for t in reversed(range(start + 1, end)):
-            back = self._step_back(t, after)
-            self._module_buffers[t].restore()
-            ready = self._ready(t, back.params, back.state)
-            after = ready.state.map(Tensor.detach)
-            yield ready
-            del ready
+            step = self._step_before(t, after)
+            after = step.state.map(Tensor.detach)
+            yield step
+            del step
         check_arrival(self._step_back(start, after).params, stored.state.params)
         stored.module_buffers.restore()
-        yield self._ready_at(start, stored.state)
+        yield self._step_at(start, stored.state)
+
+    def _step_before(self, t: int, after: State) -> _Ready:
+        """Make step `t`, with its graph, from the state that Φ⁻¹ finds before `after`."""
+        back = self._step_back(t, after)
+        self._module_buffers[t].restore()
+        params = as_leaves(back.params, self.training.slots.params)
+        loss = self._recording.loss_again(t, params)
+        linearised = self._linearised(t, State(params, []), loss)
+        buffers = back.state(linearised.settled_grads()).map(_leaf).buffers
+        linearised = linearised.with_buffers(buffers)
+        return _Ready(linearised.state, linearised.next_state(), [loss.detach()])
 
     def _step_back(self, t: int, after: State) -> StepBack:
         return StepBack(self._recording.transition(t), after, self._recording.moved(t))
 
     def _again(self, start: int, end: int) -> Iterator[_Ready]:
         """Yield the steps from `end` back to `start`, which are made again from there."""
-        waiting = self._segment(start, end)
-        for t in reversed(range(start, end)):
-            step = waiting.pop()
-            if isinstance(step, Moment):
-                step.module_buffers.restore()
-                step = self._ready_at(t, step.state)
-            yield step
-            del step
+        waiting, t = self._segment(start, end), end
+        while waiting:
+            steps = waiting.pop()
+            if isinstance(steps, Moment):
+                steps.module_buffers.restore()
+                steps = self._step_at(t - 1, steps.state)
+            t -= len(steps.losses)
+            yield steps
+            del steps
 
     def _segment(self, start: int, end: int) -> list[Moment | _Ready]:
-        """Make the steps from `start` to `end` again, with graphs as far as there is room."""
-        recording, moment = self._recording, self._stored[start]
+        """Make the steps from `start` to `end` again, in one graph as far as there is room.
+
+        The last one needs its graph at once, so that there is always room for that.
+        """
+        moment, t = self._stored[start], start
         moment.module_buffers.restore()
-        waiting: list[Moment | _Ready] = []
+        state, graphs, moments = moment.state, list[_Ready](), list[Moment]()
         held = len(self._stored) + end - start - 1.0
-        room = MOST * math.sqrt(len(recording)) if self._grows else 0.0
-        for t in range(start, end - 1):
-            if held + (self._graph or 0.0) <= room:  # the first one is made to measure it
-                step, graph = self._measured(t, moment.state)
-                state, fits = step.following.map(Tensor.detach), held + graph <= room
-                held += graph if fits else 0.0
-                waiting.append(step if fits else moment)
-            else:
-                state, _ = recording.again(t, moment.state)
-                waiting.append(moment)
-            moment = Moment(state, ModuleBuffers(self.training.slots.model))
+        room = MOST * math.sqrt(len(self._recording)) if self._grows else 0.0
+        while t < end - 1 and held + (self._graph or 0.0) <= room:
+            held += self._measured(graphs, t, state)
+            state, t = graphs[-1].following.map(Tensor.detach), t + 1
+        if graphs and held > room:  # the first one was made to measure it
+            graphs, moments = [], [moment]
+        elif t == end - 1:
+            self._join(graphs, t, state)
+            t = end
+        while t < end:
+            moments.append(Moment(state, ModuleBuffers(self.training.slots.model)))
+            if t < end - 1:
+                state, _ = self._recording.again(t, state)
+            t += 1
         self.states_held = max(self.states_held, math.ceil(held))
-        return [*waiting, moment]
+        return [*graphs, *moments]
 
-    def _measured(self, t: int, state: State) -> tuple[_Ready, float]:
-        """Make step `t` from `state`, with its graph; return its memory, in states, too."""
-        if self._graph is not None:
-            return self._ready_at(t, state), self._graph
-        with NewMemory() as memory:
-            step = self._ready_at(t, state)
-        after = step.following
-        self._graph = memory.nbytes(besides=after.parts().values()) / after.nbytes
-        return step, self._graph
+    def _measured(self, graphs: list[_Ready], t: int, state: State) -> float:
+        """Make step `t` from `state`, join it to `graphs`; return its graph's memory, in states."""
+        if self._graph is None:
+            with NewMemory() as memory:
+                self._join(graphs, t, state)
+            after = graphs[-1].following
+            self._graph = memory.nbytes(besides=after.parts().values()) / after.nbytes
+        else:
+            self._join(graphs, t, state)
+        return self._graph
 
-    def _ready_at(self, t: int, state: State) -> _Ready:
-        """Make step `t` from `state`, with its graph."""
-        return self._ready(t, state.params, lambda grads: state)
+    def _join(self, graphs: list[_Ready], t: int, state: State) -> None:
+        """Make step `t` from `state` as a part of the last of `graphs`, or of a new one."""
+        if not graphs or graphs[-1].is_closed:
+            graphs.append(self._from(state))
+        self._extend(graphs[-1], t)
 
-    def _ready(
-        self, t: int, params: Sequence[Tensor], state_of: Callable[[Gradients], State]
-    ) -> _Ready:
-        """Make step `t`, with its graph, from a state that may follow from ∇L at its weights."""
-        leaves = as_leaves(params, self.training.slots.params)
-        loss = self._recording.loss_again(t, leaves)
-        hyperparameters, transition = self.training.hyperparameters, self._recording.transition(t)
-        linearised = Linearised(transition, State(leaves, []), loss, hyperparameters)
-        free = state_of(linearised.settled_grads()).map(lambda p: p.detach().requires_grad_())
-        linearised = linearised.with_buffers(free.buffers)
-        return _Ready(linearised.state, linearised.next_state(), loss.detach())
+    def _from(self, state: State) -> _Ready:
+        """Return no step yet, from leaves."""
+        params = as_leaves(state.params, self.training.slots.params)
+        leaves = State(params, state.map(_leaf).buffers)
+        return _Ready(leaves, leaves, [])
+
+    def _extend(self, steps: _Ready, t: int) -> None:
+        """Make step `t` after other steps, in their graph."""
+        loss = self._recording.loss_again(t, steps.following.params)
+        linearised = self._linearised(t, steps.following, loss)
+        weights, values = steps.following.params, self.training.values().values()
+        steps.is_closed = not linearised.leaves() <= {id(leaf) for leaf in (*weights, *values)}
+        steps.following = linearised.next_state()
+        steps.losses.append(loss.detach())
+
+    def _step_at(self, t: int, state: State) -> _Ready:
+        """Make step `t` from `state`, in a graph of its own."""
+        step = self._from(state)
+        self._extend(step, t)
+        return step
+
+    def _linearised(self, t: int, state: State, loss: Tensor) -> Linearised:
+        transition = self._recording.transition(t)
+        return Linearised(transition, state, loss, self.training.hyperparameters)
 
     def close(self) -> Carried | None:
         """Forget the states."""
         self._stored.clear()
         self._module_buffers.clear()
         return None
+
+
+def _leaf(part: Tensor) -> Tensor:
+    return part.detach().requires_grad_()

@@ -120,6 +120,29 @@ def test_steps_are_made_again_once_where_their_graphs_are_small(name, rows, call
     assert_close(list(found[1].values()), list(found[0].values()), 1e-11)
 
 
+@pytest.mark.parametrize("name", ["SGD with Nesterov", "AdamW"])
+def test_steps_whose_losses_share_a_leaf_are_not_put_in_one_graph(name):
+    """A perturbation for all steps, and a penalty on its gradient at the weights of the step."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(30, 40), nn.Tanh(), nn.Linear(40, 3)).double()
+    bare = built(name, model)
+    x, y = torch.randn(4, 30).double(), torch.randn(4, 3).double()
+    shift = torch.zeros(30, dtype=torch.float64, requires_grad=True)
+
+    def penalised() -> Tensor:
+        (slope,) = torch.autograd.grad(mse(model(x + shift), y), shift, create_graph=True)
+        return mse(model(x), y) + slope.square().sum()
+
+    mse(model(x), y).backward()
+    bare.step()
+    optimizer = HyperOptimizer(bare, model, outer=None, learn=("lr", "weight_decay"))
+    found = [
+        list(hypergradient(optimizer, [penalised] * 16, lambda: mse(model(x), y), engine).values())
+        for engine in (Replay(), Replay(None))
+    ]
+    assert_close(found[1], found[0], 1e-11)
+
+
 def test_a_closure_that_draws_another_batch_on_replay_is_refused():
     model, optimizer, _ = problem()
     data = iter(batches(99))
