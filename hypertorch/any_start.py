@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from .arguments import check_pieces, whole
-from .calibration import calibrated_cross_entropy
+from .calibration import calibrated_as, calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError, warn
 from .forgetting import shrinking_factors, start_weight_decay
@@ -130,8 +130,8 @@ def from_any_start(
             for λ; of a rest at an epoch's end only one half as large or larger.
         validation_loader: likewise; its batches should be as large as training's, or larger.
         steps: T, of the whole run, all its epochs.
-        outer_criterion: of validation. The default is for classes; for anything else pass the
-            criterion that counts.
+        outer_criterion: of validation. The default is for classes, and leaves out the
+            `ignore_index` of `criterion`; for anything else pass the criterion that counts.
         forward: returns outputs and targets, for batches of another form than `(x, y)`:
             `lambda model, batch: (model(**batch).logits, batch["labels"])`.
         options: of `HyperOptimizer`, in place of those chosen here (`update_every=100`, …). With
@@ -178,6 +178,8 @@ def from_any_start(
     check_forward(forward)
     check_loader(train_loader, "train_loader")
     check_loader(validation_loader, "validation_loader")
+    if outer_criterion is calibrated_cross_entropy:
+        outer_criterion = calibrated_as(criterion)
     batches = first_batches(train_loader, "training", model, forward, steps=TRIAL_STEPS)
     judges = first_batches(validation_loader, "validation", model, forward, count=TRIAL_EXAMPLES)
     inner = BatchLosses(model, criterion, batches, forward)
@@ -209,6 +211,8 @@ def from_any_start(
     spent = wrapped.cost + len(probation.steps) * probation.cost
     every = _period(steps, spent) if is_free else loop.update_every
     loop.take_up(max(every, loop.window))
+    for name, h in wrapped.hyperparameters.items():  # where a group that is added starts
+        optimizer.defaults[name] = h().flatten()[0].item()
     if loop.update_every > steps:
         warn(f"A run of {steps} steps is too short for an update: η and λ stay where they start.")
     wrapped._monitor = wrapped._new_monitor(writer)  # which records where learning starts

@@ -233,11 +233,16 @@ def _setting(
     )
 
 
-def place(hyperparameters: Iterable[Hyperparameter], weight: Tensor) -> None:
-    """Move hyperparameters to the device and precision of a weight, at least float32."""
+def place(hyperparameters: Iterable[Hyperparameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Move hyperparameters to the device and precision of the first weight, at least float32.
+
+    Returns:
+        Whether one was elsewhere.
+    """
+    weight = next(p for group in optimizer.param_groups for p in group["params"])
     dtype = torch.promote_types(weight.dtype, torch.float32)
-    for hyperparameter in hyperparameters:
-        hyperparameter.to(weight.device, dtype)
+    moved = [hyperparameter.to(weight.device, dtype) for hyperparameter in hyperparameters]
+    return any(moved)
 
 
 def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:

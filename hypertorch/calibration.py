@@ -6,6 +6,10 @@ sure of it the model is. Training data with wrong labels make a good classifier 
 batch, the inverse temperature β, takes the sureness out.
 """
 
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -19,7 +23,9 @@ _NO_CLASS = -100
 _SETTLED = 1e-5
 
 
-def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
+def calibrated_cross_entropy(
+    logits: Tensor, target: Tensor, ignore_index: int = _NO_CLASS
+) -> Tensor:
     r"""Return min_β CE(β z, y) over β ≥ 0: a criterion for the outer loss.
 
         E = CE(β* z, y),     β* = argmin_β CE(β z, y),     ∂E/∂z = β* ∂CE(β* z, y)/∂(β z)
@@ -36,6 +42,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
             logits of −∞, or −1e9, spoil the scale of the others.
         target: y, class numbers of shape (n,) or (n, …). What is no class's number, such as torch's
             −100, does not count.
+        ignore_index: a class number that does not count either, such as that of padding.
 
     Returns:
         E, a scalar; at most the cross-entropy of z itself, up to the smoothing.
@@ -59,7 +66,7 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     """
     _check(logits, target)
     target = target.long()
-    counts = (target >= 0) & (target < logits.shape[1])
+    counts = (target >= 0) & (target < logits.shape[1]) & (target != ignore_index)
     target = torch.where(counts, target, _NO_CLASS)
     smoothing = 1 / (int(counts.sum()) + 2)
     with torch.no_grad():
@@ -67,6 +74,18 @@ def calibrated_cross_entropy(logits: Tensor, target: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(
         beta * logits.to(beta.dtype), target, ignore_index=_NO_CLASS, label_smoothing=smoothing
     )
+
+
+def calibrated_as(criterion: Callable[..., Any]) -> Callable[[Tensor, Tensor], Tensor]:
+    """Return `calibrated_cross_entropy`, without the class that a criterion says to ignore.
+
+    It says so as torch's do, by `ignore_index`, or as a `functools.partial` with that.
+    """
+    given = getattr(criterion, "keywords", {}).get("ignore_index", _NO_CLASS)
+    ignored = getattr(criterion, "ignore_index", given)
+    if not isinstance(ignored, int) or ignored < 0:
+        return calibrated_cross_entropy
+    return partial(calibrated_cross_entropy, ignore_index=ignored)
 
 
 def _inverse_temperature(logits: Tensor, target: Tensor, smoothing: float) -> Tensor:

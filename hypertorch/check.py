@@ -1,7 +1,7 @@
 """`check_hypergradient`: an engine's dE/dλ on the user's own model and data against differences.
 
-Everything is computed in float64, whatever the model's precision: weights, buffers and the data
-that the closures hold are widened for the while.
+Everything is computed in float64, whatever the model's precision: weights, buffers, the data that
+the closures hold and what the model casts are widened for the while.
 """
 
 import math
@@ -225,17 +225,28 @@ def _causes(model: nn.Module, rows: Sequence[Comparison], functions: Sequence[st
     return causes
 
 
+#: Functions that cast a tensor without being given a `torch.dtype`.
+_CASTS = ("float", "half", "bfloat16", "type")
+
+
 class _Widening(TorchFunctionMode):
-    """Within, functions of tensors see float64 in the place of every narrower float."""
+    """Within, functions of tensors see and return float64 in the place of every narrower float."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         if name in ("__get__", "__set__") or (name.endswith("_") and not name.endswith("__")):
             return func(*args, **(kwargs or {}))
-        return func(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
+        if name == "view" and not args[0].is_floating_point():  # a dtype says how its bits are read
+            return func(*args, **(kwargs or {}))
+        found = func(*tree_map(_wide, args), **tree_map(_wide, kwargs or {}))
+        is_cast = name in _CASTS and isinstance(found, Tensor) and found.is_floating_point()
+        return args[0].to(found.device, torch.float64) if is_cast else found
 
 
 def _wide(value: Any) -> Any:
+    """Return a tensor of floats, or a type of float, as float64; anything else as it is."""
+    if isinstance(value, torch.dtype):
+        return torch.float64 if value.is_floating_point else value
     is_narrow = isinstance(value, Tensor) and value.is_floating_point()
     return value.double() if is_narrow and value.dtype != torch.float64 else value
 

@@ -6,7 +6,7 @@ happens to a value on the boundary of Λ, where no ρ exists.
 
 import math
 from numbers import Real
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from torch.distributions import biject_to, constraints
 from torch.distributions.constraints import positive, real, simplex, unit_interval
 
 from .entries import sparse_vector
-from .errors import ArgumentError
+from .errors import ArgumentError, ArgumentTypeError, kind_of
 
 __all__ = [
     "BOUNDARY_MARGIN",
     "Constraint",
     "bounds_of",
+    "check_constraint",
+    "event_dims",
     "interval",
     "is_elementwise",
     "just_inside",
@@ -58,6 +60,45 @@ def interval(lower: float, upper: float) -> Constraint:
     return constraints.interval(lower, upper)
 
 
+def check_constraint(constraint: Any, name: str) -> None:
+    """Raise unless λ can live in a set.
+
+    Args:
+        constraint: Λ.
+        name: what to call the hyperparameter in an error.
+
+    Raises:
+        ArgumentTypeError: it is no set, or one without a bijection onto it.
+        ArgumentError: its numbers have bounds of their own.
+    """
+    if not isinstance(constraint, Constraint):
+        got = kind_of(constraint) if isinstance(constraint, type) else repr(constraint)
+        raise ArgumentTypeError(
+            f"`constraint` of `{name}` must be a set such as `positive` or `interval(a, b)`, as "
+            f"`hypertorch` has them. Got {got}."
+        )
+    try:
+        biject_to(constraint)
+    except NotImplementedError as error:
+        raise ArgumentTypeError(
+            f"`constraint` of `{name}` must be a set that torch.distributions.biject_to knows. "
+            f"Got {constraint!r}. Use `real`, and let the loss map its value into the set."
+        ) from error
+    if any(torch.as_tensor(end).numel() > 1 for end in _ends(constraint)):
+        raise ArgumentError(
+            f"`constraint` of `{name}` must have the same bounds for all its numbers. Got "
+            f"{constraint!r}. Use a Hyperparameter for each number."
+        )
+
+
+def _ends(constraint: Constraint) -> tuple[Any, Any]:
+    """Return the bounds that a set holds; where there is none ±∞."""
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    lower = getattr(constraint, "lower_bound", -math.inf)
+    return lower, getattr(constraint, "upper_bound", math.inf)
+
+
 def to_value(raw: Tensor, constraint: Constraint) -> Tensor:
     """Return λ = c(ρ)."""
     if _is_positive(constraint):
@@ -92,7 +133,13 @@ def _is_positive(constraint: Constraint) -> bool:
 
 def is_elementwise(constraint: Constraint) -> bool:
     """Whether each number of λ depends on one number of ρ, and not on a vector of them."""
-    return cast(int, biject_to(constraint).codomain.event_dim) == 0
+    return event_dims(constraint)[1] == 0
+
+
+def event_dims(constraint: Constraint) -> tuple[int, int]:
+    """Return over how many last dimensions numbers of ρ, and of λ, depend on each other."""
+    bijection = biject_to(constraint)
+    return bijection.domain.event_dim, bijection.codomain.event_dim
 
 
 def bounds_of(constraint: Constraint) -> tuple[float, float]:
@@ -101,8 +148,8 @@ def bounds_of(constraint: Constraint) -> tuple[float, float]:
         return bounds_of(constraint.base_constraint)
     if isinstance(constraint, type(simplex)):
         return 0.0, 1.0
-    lower = float(getattr(constraint, "lower_bound", -math.inf))
-    return lower, float(getattr(constraint, "upper_bound", math.inf))
+    lower, upper = _ends(constraint)
+    return float(lower), float(upper)
 
 
 def just_inside(value: Tensor, constraint: Constraint, name: str) -> Tensor:

@@ -58,7 +58,8 @@ def start_weight_decay(
         λ of the first group.
 
     Raises:
-        ArgumentError: `weight_decay` is not learned, or one of the numbers is not positive.
+        ArgumentError: `weight_decay` is not learned, one of the numbers is not positive, or SGD's
+            momentum or dampening are 1 or above.
         ArgumentTypeError: `optimizer` is not wrapped.
         UnsupportedError: the decay passes through a second moment (Adam, RMSprop, Adagrad, …), and
             shrinks the weights by what cannot be known.
@@ -83,9 +84,10 @@ def start_weight_decay(
     whole("steps", steps)
     if steps_per_epoch is not None and not steps_per_epoch > 0:
         raise ArgumentError(f"`steps_per_epoch` must be at least 1. Got {steps_per_epoch!r}.")
+    factors = shrinking_factors(optimizer.optimizer, "start_weight_decay")
     loop.cut()
     weakest, strongest = 0.1, 300.0  # T / τ
-    ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer)]  # λ at T / τ = 1
+    ones = [1 / (rate * steps) for rate in _rates_of_decay(optimizer, factors)]  # λ at T / τ = 1
     epochs = steps / (steps_per_epoch or steps)
     own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
@@ -116,6 +118,7 @@ def shrinking_factors(optimizer: torch.optim.Optimizer, owner: str) -> list[floa
     """Return η̂ / η of each group.
 
     Raises:
+        ArgumentError: SGD's momentum or dampening are 1 or above.
         UnsupportedError: the decay passes through a second moment.
     """
     found = [shrinking(dynamics_of(optimizer), group) for group in optimizer.param_groups]
@@ -129,12 +132,11 @@ def shrinking_factors(optimizer: torch.optim.Optimizer, owner: str) -> list[floa
     return factors
 
 
-def _rates_of_decay(optimizer: HyperOptimizer) -> list[float]:
-    """Return η̂ of each group: a step shrinks its weights by η̂ λ."""
+def _rates_of_decay(optimizer: HyperOptimizer, factors: list[float]) -> list[float]:
+    """Return η̂ of each group, from η̂ / η: a step shrinks its weights by η̂ λ."""
     groups, lr = optimizer.param_groups, optimizer.hyperparameters.get("lr")
     rates = [float(base_rate(group)) for group in groups]
     if isinstance(lr, Setting):
         rates = lr.group_means().tolist()
-    factors = shrinking_factors(optimizer.optimizer, "start_weight_decay")
     rates = [rate if rate > 1e-6 * max(rates) else max(rates) for rate in rates]  # at η = 0 all do
     return [rate * factor for rate, factor in zip(rates, factors, strict=True)]

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from .constraints import (
     Constraint,
+    check_constraint,
+    event_dims,
     is_elementwise,
     just_inside,
     pulled_back,
@@ -19,7 +21,7 @@ from .constraints import (
     to_value,
 )
 from .entries import entries, ordinary
-from .errors import ArgumentError, ArgumentTypeError, kind_of, warn
+from .errors import ArgumentError, ArgumentTypeError, warn
 
 
 class Hyperparameter:
@@ -35,7 +37,7 @@ class Hyperparameter:
             `constraints.BOUNDARY_MARGIN`, and says so once.
         constraint: the set λ lives in: `positive` (ρ = log λ), `unit_interval` and `interval(a, b)`
             (ρ = a logit), `simplex` (stick breaking), `real` (ρ = λ, the default), or any other
-            constraint that `torch.distributions.biject_to` knows.
+            constraint that `torch.distributions.biject_to` knows, with one pair of bounds for all.
         name: what logs and errors call it.
         bounds: `(lower, upper)` in λ's units; an outer update never leaves them. `None`: none.
 
@@ -43,9 +45,10 @@ class Hyperparameter:
     window of `Unroll` no more than its rows do, where `rows` is a tensor of int64.
 
     Raises:
-        ArgumentError: `value` or `bounds` lie outside `constraint`, or `bounds` are not ordered.
-        ArgumentTypeError: `value` is not made of numbers, `constraint` is no set, or `bounds` are
-            no pair.
+        ArgumentError: `value` or `bounds` lie outside `constraint`, `bounds` are not ordered, or
+            the numbers of `constraint` have bounds of their own.
+        ArgumentTypeError: `value` is not made of numbers, `constraint` is no set or has no
+            bijection, or `bounds` are no pair.
 
     Example:
         >>> from hypertorch import unit_interval
@@ -66,12 +69,7 @@ class Hyperparameter:
         bounds: tuple[float, float] | None = None,
     ) -> None:
         self.name = name or "hyperparameter"
-        if not isinstance(constraint, Constraint):
-            got = kind_of(constraint) if isinstance(constraint, type) else repr(constraint)
-            raise ArgumentTypeError(
-                f"`constraint` of `{self.name}` must be a set such as `positive` or "
-                f"`interval(a, b)`, as `hypertorch` has them. Got {got}."
-            )
+        check_constraint(constraint, self.name)
         self.constraint = constraint
         self.is_indexed = False
         self.bound(bounds)
@@ -143,8 +141,8 @@ class Hyperparameter:
         """Return the dE/dλ of least norm that `pull_back` turns into dE/dρ = `gradient`.
 
         Element by element it is dE/dρ / c′(ρ), and 0 where c′(ρ) is 0 in floating point: there
-        `pull_back` returns 0 of anything. On a simplex of k values, where λ has one number more
-        than ρ, it costs k vectors of ρ's size.
+        `pull_back` returns 0 of anything. Where k numbers of λ depend on each other, on a simplex
+        of k values or in a matrix of k entries, it costs k vectors of ρ's size.
         """
         raw = self.raw.detach().requires_grad_()
         value = to_value(raw, self.constraint)
@@ -153,7 +151,9 @@ class Hyperparameter:
         if is_elementwise(self.constraint):
             (slope,) = torch.autograd.grad(value.sum(), raw)
             return torch.where(slope == 0, 0.0, gradient / slope)
-        return _least_norm(_jacobian(value, raw), gradient)
+        of_raw, of_value = event_dims(self.constraint)
+        jacobian = _jacobian(value.flatten(-of_value), raw, of_raw)
+        return _least_norm(jacobian, gradient.flatten(-of_raw)).reshape(value.shape)
 
     def moved(self, by: Tensor) -> Tensor:
         """Return c(ρ + by), inside `bounds`: what λ would be. Nothing moves."""
@@ -174,11 +174,13 @@ class Hyperparameter:
             self.raw.detach().clamp_(*self._raw_bounds)
         self.refresh()
 
-    def to(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Move ρ and λ to where the weights are."""
-        if (self.raw.device, self.raw.dtype) != (device, dtype):
+    def to(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Move ρ and λ to where the weights are; return whether they were elsewhere."""
+        is_elsewhere = (self.raw.device, self.raw.dtype) != (device, dtype)
+        if is_elsewhere:
             self.raw = self.raw.detach().to(device, dtype).requires_grad_()
             self.refresh()
+        return is_elsewhere
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}={_brief(self.value)})"
@@ -209,11 +211,17 @@ def number_of(held: Any) -> Tensor | None:
     return held if isinstance(held, Tensor) else None
 
 
-def _jacobian(value: Tensor, raw: Tensor) -> Tensor:
-    """Return ∂λ/∂ρ of vectors, of shape (…, size of λ, size of ρ)."""
+def _jacobian(value: Tensor, raw: Tensor, dims: int) -> Tensor:
+    """Return ∂λ/∂ρ of vectors λ, of shape (…, size of λ, size of ρ).
+
+    Args:
+        value: λ.
+        raw: ρ, a vector or a tensor of more dimensions for each λ.
+        dims: how many.
+    """
     parts = value.unbind(-1)
     rows = [torch.autograd.grad(part.sum(), raw, retain_graph=True)[0] for part in parts]
-    return torch.stack(rows, dim=-2)
+    return torch.stack(rows, dim=-1 - dims).flatten(-dims)
 
 
 def _least_norm(jacobian: Tensor, gradient: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ WRITTEN_TO = (
     "(torch.nn.utils.parametrize), or make it once per `update_every` steps."
 )
 LEFT_OUT = (
-    "The closure returned no loss and has not called backward: no step is made. Return the loss, "
-    "unless the batch is to be left out."
+    "The closure returned no loss with a graph and has not called backward: no step is made. "
+    "Return the loss, unless the batch is to be left out."
 )
 
 
@@ -74,10 +74,13 @@ class InnerLoss:
     def is_left_out(self) -> bool:
         """Whether the closure has neither a loss nor a gradient: a trainer skips its batch.
 
-        Gradients that were there before are stepped along, as by the bare optimizer.
+        A loss without a graph is none. Gradients that were there before are stepped along, as by
+        the bare optimizer.
         """
         self._call()
-        if self.closure is None or self.loss is not None or self.has_gradients:
+        loss = self.value()
+        has_loss = self.loss is not None if loss is None else loss.requires_grad
+        if self.closure is None or has_loss or self.has_gradients:
             return False
         self.has_gradients = any(p.grad is not None for p in self.params)
         return not self.has_gradients

@@ -94,6 +94,8 @@ class BatchLosses:
         return self._of(tree_map_only(Tensor, start, self.batches[0]))
 
     def _of(self, batch: Batch) -> Tensor:
+        device = next(self.model.parameters()).device  # moved since the batch was kept, maybe
+        batch = placed(batch, device, self.forward, "kept batch")
         return loss_of(self.model, batch, self.criterion, self.forward)
 
     def judged_by(self, criterion: Criterion, batches: list[Batch] | None = None) -> "BatchLosses":

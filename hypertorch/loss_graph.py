@@ -41,6 +41,12 @@ class LossGraph:
         """Return the ids of the leaves that require a gradient."""
         return {id(node.variable) for node in self._seen if hasattr(node, "variable")}
 
+    def reaches_weights(self) -> bool:
+        """Return whether it was computed from one of the weights that train, or several."""
+        training = [w for w in self._weights if w.requires_grad]
+        present, leaves = self._seen - {None}, self.leaves()
+        return any(w.grad_fn in present or id(w) in leaves for w in training)
+
     def functions(self) -> list[str]:
         """Return the names of the autograd functions in it that are neither torch's nor ours."""
         kinds = {type(node)._forward_cls for node in self._seen if hasattr(node, "_forward_cls")}

@@ -120,7 +120,7 @@ class HyperOptimizer(OptimizerWrapper):
         self.model, self.outer_loss = model, outer_loss
         Slots(model, self._params()).check()
         self.hyperparameters = arguments.learned(learn, optimizer, dynamics, outer is not None)
-        arguments.place(self.hyperparameters.values(), self._params()[0])
+        arguments.place(self.hyperparameters.values(), optimizer)
         self._steps, self._warned = 0, set[str]()
         self._groups = LearnedGroups(optimizer, self.hyperparameters)
         self._loop: OuterLoop | None = None
@@ -203,7 +203,7 @@ class HyperOptimizer(OptimizerWrapper):
                 self._refuse_or_warn(loop, inner)
             if is_missing or not was_due:
                 self._plain_step(inner)
-            elif loop.cut_if_written_to(inner.loss):
+            elif loop.cut_if_written_to(None if inner.has_gradients else inner.loss):
                 inner.has_gradients = inner.has_gradients or inner.loss is not None
                 self._plain_step(inner)
             else:

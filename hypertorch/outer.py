@@ -11,7 +11,14 @@ from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from .entries import MANY
-from .errors import ArgumentError, ArgumentTypeError, UnsupportedError, check_number, kind_of
+from .errors import (
+    ArgumentError,
+    ArgumentTypeError,
+    HypertorchError,
+    UnsupportedError,
+    check_number,
+    kind_of,
+)
 from .wrapper import hooked
 
 OuterFactory = Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -137,10 +144,11 @@ def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer
     """Return the outer rule for these ρ.
 
     Raises:
-        ArgumentTypeError: it is no torch optimizer.
+        ArgumentTypeError: it is no torch optimizer, or the factory raised a TypeError.
+        ArgumentError: the factory raised another error.
         UnsupportedError: it is one that cannot step along a gradient alone.
     """
-    rule = factory(raws)
+    rule = _built(factory, raws)
     if not isinstance(rule, torch.optim.Optimizer):
         raise ArgumentTypeError(
             f"`outer` must return a torch optimizer for the raw tensors. Got {kind_of(rule)}. "
@@ -151,7 +159,26 @@ def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer
             "`outer` cannot be LBFGS, which evaluates E again within a step. Use "
             "functools.partial(torch.optim.Adam, lr=0.05); or `HOAG`, for a problem at rest."
         )
+    if isinstance(rule, torch.optim.SparseAdam):
+        raise UnsupportedError(
+            "`outer` cannot be SparseAdam, which takes sparse gradients alone. Use "
+            "functools.partial(torch.optim.Adam, lr=0.05)."
+        )
     return rule
+
+
+def _built(factory: OuterFactory, raws: list[Tensor]) -> Any:
+    try:
+        return factory(raws)
+    except HypertorchError:
+        raise
+    except Exception as error:
+        kind = ArgumentTypeError if isinstance(error, TypeError) else ArgumentError
+        shapes = [tuple(raw.shape) for raw in raws]
+        raise kind(
+            f"`outer` could not be built for ρ of shapes {shapes}. Got {type(error).__name__}: "
+            f"{error}. Use functools.partial(torch.optim.Adam, lr=0.05)."
+        ) from error
 
 
 def takes_sparse(rule: torch.optim.Optimizer) -> bool:

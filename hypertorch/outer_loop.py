@@ -125,6 +125,9 @@ class OuterLoop:
         Raises:
             Diverged: a step since the last time went wrong.
         """
+        if place(self.hyperparameters.values(), self.optimizer):
+            self.training = self._new_training()  # a trainer has moved the model
+            self.settings_were_set()
         self._age += 1
         if self._age > self.update_every:
             self.safeguards.settle()
@@ -162,8 +165,7 @@ class OuterLoop:
             who = f"a window of {self.engine!r}"
             refuse_gradient_hooks(self.model, self.training.slots.params, who)
         self.safeguards.settle()
-        start = self._remember()
-        return self.engine.open(replace(self.training, start=start), self._carried)
+        return self.engine.open(replace(self.training, start=self._remember()), self._carried)
 
     def cut_if_written_to(self, loss: Tensor | None) -> bool:
         """Cut an open window whose weights somebody wrote to; leave ∇loss, if any, in `.grad`.
@@ -216,10 +218,9 @@ class OuterLoop:
         except BaseException:
             self.close()
             raise
-        losses = self._losses
+        self._inner_losses = self._losses
         self.close()
         self.hypergradients, self.outer_loss_value = hypergradients, outer_loss
-        self._inner_losses = losses
         self._move(hypergradients)
 
     def _move(self, hypergradients: Mapping[str, Tensor]) -> None:
@@ -266,7 +267,7 @@ class OuterLoop:
         """Take in the param group that was added last; the outer rule starts afresh."""
         self.groups.add_group(additions)
         self.training = self._new_training()
-        place(self.hyperparameters.values(), params_of(self.optimizer)[0])
+        place(self.hyperparameters.values(), self.optimizer)
         self.settings_were_set()
 
     def restart(self) -> None:

@@ -26,9 +26,10 @@ from .written_rates import WrittenRates
 
 #: What is said once of rates that the loop writes.
 RATE_WRITTEN = (
-    "`lr` of group {group} was written by hand: {rate:g}. A rate of the loop's own takes the place "
-    "of what is learned. Attach a scheduler, such as LambdaLR, which multiplies it, or write a "
-    'multiple of `optimizer.hyperparameters["lr"]().item()`; if this is one, all is well.'
+    "`lr` of group {group} was written: {rate:g}. A rate of the loop's own takes the place of what "
+    "is learned. Attach a scheduler, such as LambdaLR, which multiplies it, or write a multiple of "
+    '`optimizer.hyperparameters["lr"]()`; if this is one, by a scheduler such as '
+    "ReduceLROnPlateau, all is well."
 )
 
 

@@ -104,12 +104,18 @@ class Slots:
         self._places = list(places.values())
 
     def check(self) -> None:
-        """Raise if a parameter has no slot: the model is another one.
+        """Raise if a parameter has no slot: the model is another one, or in a window of another.
 
         Raises:
             ArgumentError: says how many.
         """
         missing = sum(not slots for slots in self._places)
+        held = (p for module in self.model.modules() for p in module._parameters.values())
+        if missing and any(isinstance(p, FastParameter) for p in held):
+            raise ArgumentError(
+                "A window of another HyperOptimizer is open on `model`, which holds its weights. "
+                "Call `close()` of that one first."
+            )
         if missing:
             raise ArgumentError(
                 f"{missing} of the optimizer's {len(self.params)} parameters are not in `model`. "

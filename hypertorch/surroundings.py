@@ -51,24 +51,43 @@ class ModuleBuffers:
 
 
 class ModuleAttributes:
-    """The tensors that modules keep as plain attributes (a hidden state) at one moment."""
+    """What modules keep as plain attributes at one moment.
+
+    That is tensors (a hidden state), numbers (a count of calls), lists and dictionaries (terms of a
+    loss).
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self._saved = [(module, dict(vars(module))) for module in model.modules()]
+        self._contents = [
+            (held, held.copy())
+            for _, before in self._saved
+            for name, held in before.items()
+            if type(held) in (list, dict) and name not in _REGISTRIES
+        ]
 
     def restore(self) -> None:
-        """Let each module hold what it held, where a tensor took the place of something."""
+        """Let each module hold what it held, and lists and dictionaries hold what they did."""
         for module, before in self._saved:
             present = vars(module)
-            kept = [name for name, value in present.items() if _holds_tensors(value)]
+            kept = [name for name, value in present.items() if _is_kept(name, value)]
             for name in kept:
                 if name not in before:
                     del present[name]
                 elif present[name] is not before[name]:
                     present[name] = before[name]
+        for held, content in self._contents:
+            held.clear()
+            (held.extend if isinstance(held, list) else held.update)(content)
 
 
-def _holds_tensors(value: object) -> bool:
+#: What torch itself keeps in a module: parameters, buffers, submodules, hooks.
+_REGISTRIES = frozenset(vars(nn.Module()))
+
+
+def _is_kept(name: str, value: object) -> bool:
+    if isinstance(value, (int, float)):
+        return name != "training"
     parts = value if isinstance(value, (tuple, list)) else (value,)
     return any(isinstance(part, Tensor) for part in parts)
 

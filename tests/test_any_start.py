@@ -515,6 +515,27 @@ def test_what_cannot_start_is_refused():
         from_any_start(adam, model, cross_entropy, train, validation, 10)
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("momentum", {"momentum": 1.0}),
+        ("momentum", {"momentum": 1.5}),
+        ("dampening", {"momentum": 0.9, "dampening": 1.0}),
+        ("dampening", {"momentum": 0.9, "dampening": 1.5}),
+    ],
+)
+def test_momentum_that_never_settles_is_refused_with_nothing_taken(name, options):
+    model, (train, validation) = network(), loaders()
+    before, randomness = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3, **options)
+    said = rf"`{name}` of SGD must be below 1.*Got {options[name]:g}\."
+    with pytest.raises(hypertorch.ArgumentError, match=said):
+        from_any_start(sgd, model, cross_entropy, train, validation, 10)
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert torch.equal(randomness, torch.get_rng_state()) and not sgd.state
+    assert sgd.param_groups[0]["lr"] == 0.1 and sgd.param_groups[0]["weight_decay"] == 1e-3
+
+
 def test_another_engine_learns_a_number_for_each_tensor():
     model, (train, validation) = network(), loaders()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)

@@ -4,6 +4,7 @@ import copy
 import gc
 import itertools
 from collections import namedtuple
+from functools import partial
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 import hypertorch
 from hypertorch import HyperOptimizer, ValidationLoss, from_any_start
 from hypertorch.hypergradients import TrainingStep
+from hypertorch.kept_batches import BatchLosses
 
 
 def sgd(model, **options):
@@ -49,6 +51,43 @@ def test_labels_that_do_not_count(ignored, dtype):
     validation = [(x[i : i + 50], y[i : i + 50].to(dtype)) for i in (0, 50, 100)]
     optimizer = from_any_start(sgd(model), model, criterion, train, validation, STEPS)
     assert 1e-3 < optimizer.hyperparameters["lr"]().item() < 10
+
+
+@pytest.mark.parametrize(
+    "criterion",
+    [torch.nn.CrossEntropyLoss(ignore_index=0), partial(cross_entropy, ignore_index=0)],
+)
+def test_the_class_that_the_criterion_ignores_is_ignored_on_validation_data_too(criterion):
+    """Padding: were it a class to be learned, E would be that of a model that never learns it."""
+    model, (train, validation) = network(), loaders()
+    optimizer = from_any_start(sgd(model), model, criterion, train, validation, STEPS)
+    for x, y in itertools.islice(train, 6):
+        optimizer.step(criterion(model(x), y))
+    found, (x, y) = optimizer.outer_loss(), next(iter(validation))
+    logits = model.eval()(x)
+    counted = hypertorch.calibrated_cross_entropy(logits[y != 0], y[y != 0])
+    assert found.item() == pytest.approx(counted.item(), rel=1e-5)
+    assert found.item() != pytest.approx(
+        hypertorch.calibrated_cross_entropy(logits, y).item(), rel=1e-3
+    )
+
+
+def test_a_group_that_is_added_starts_where_trials_lead():
+    model, (train, validation) = network(), loaders()
+    bare = sgd(model[3], lr=1e-6)
+    optimizer = from_any_start(bare, model, cross_entropy, train, validation, STEPS)
+    found = [group["lr"] for group in optimizer.param_groups]
+    optimizer.add_param_group({"params": list(model[0].parameters())})
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx(2 * found)
+    decays = optimizer.hyperparameters["weight_decay"]()
+    assert found[0] > 1e-3 and decays[0].item() == pytest.approx(decays[1].item())
+
+
+def test_kept_batches_follow_the_model_to_another_device():
+    """A trainer moves the model after the optimizer is made."""
+    batches = [(torch.ones(4, 64), torch.zeros(4, dtype=torch.long))]
+    kept = BatchLosses(network().to("meta"), cross_entropy, batches)
+    assert kept.of(0).device.type == kept.few(2).device.type == "meta"
 
 
 def in_halves(model, optimizer, x, y):

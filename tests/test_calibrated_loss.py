@@ -100,6 +100,13 @@ def test_what_is_no_class_does_not_count(mark):
     assert torch.count_nonzero(z.grad[~marked]) == z[~marked].numel()
 
 
+def test_a_class_that_is_to_be_ignored_does_not_count():
+    z, y = examples()
+    found = calibrated_cross_entropy(z, y, ignore_index=2)
+    assert found.item() == pytest.approx(by_scipy(z[y != 2], y[y != 2]), rel=1e-9)
+    assert found == calibrated_cross_entropy(z, y.where(y != 2, -100))
+
+
 def test_class_numbers_may_be_bytes():
     z, y = examples(seed=4)
     assert calibrated_cross_entropy(z, y.byte()) == calibrated_cross_entropy(z, y)

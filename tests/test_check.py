@@ -1,5 +1,6 @@
 """`check_hypergradient`: what it says of right and wrong hypergradients, and that it only looks."""
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -71,6 +72,64 @@ class Intermediate(torch.autograd.Function):
 class Layer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return Intermediate.apply(x)
+
+
+class Casts(nn.Module):
+    """x / rms(x), computed in another type of float, as RMSNorm in Llama is."""
+
+    def __init__(self, cast: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.cast = cast
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.cast(x)
+        wide = wide / (wide.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        return wide.to(x.dtype)
+
+
+@pytest.mark.parametrize(
+    "cast",
+    [
+        lambda x: x.to(torch.float32),
+        lambda x: x.to("cpu", dtype=torch.bfloat16),
+        lambda x: x.to(torch.zeros(1, dtype=torch.float16)),
+        lambda x: x.type_as(torch.zeros(1, dtype=torch.float32)),
+        lambda x: x.type(torch.FloatTensor),
+        lambda x: x.type("torch.BFloat16Tensor"),
+        lambda x: x.type(torch.float32),
+        lambda x: x.float(),
+        lambda x: x.half(),
+        lambda x: x.bfloat16(),
+        lambda x: 2 * x.softmax(-1, dtype=torch.float32),
+        lambda x: torch.zeros(16, 6, dtype=torch.float32).index_add(1, torch.arange(6), x),
+        lambda x: x.view(torch.float32),
+    ],
+)
+def test_what_a_model_casts_is_in_float64_too(cast: Callable[[Tensor], Tensor]) -> None:
+    check = check_hypergradient(*problem(Casts(cast)))
+    assert check.agrees and all(row.error < 1e-6 for row in check.rows), check
+
+
+def test_what_is_cast_to_anything_but_a_float_stays_what_it_is() -> None:
+    casts: list[Callable[[Tensor], Tensor]] = [
+        lambda x: x.to(torch.int64),
+        lambda x: x.long(),
+        lambda x: x.type(torch.IntTensor),
+        lambda x: x.to(torch.bool),
+        lambda x: torch.zeros(2, dtype=torch.uint8),
+        lambda x: x.to(torch.complex64),
+        lambda x: torch.ones(6, dtype=torch.int32).view(torch.float32),
+    ]
+    x, seen = torch.randn(4, 6), list[Tensor]()
+
+    def cast(h: Tensor) -> Tensor:
+        seen[:] = [each(x) for each in casts]
+        return h
+
+    optimizer, inner, outer = problem(Casts(cast))
+    assert check_hypergradient(optimizer, inner, outer).agrees
+    for found, each in zip(seen, casts, strict=True):
+        assert found.dtype == each(x).dtype and torch.equal(found, each(x))
 
 
 def test_an_autograd_function_that_keeps_what_it_computed_is_named() -> None:

@@ -158,3 +158,57 @@ def test_a_simplex_takes_no_bounds():
 def test_a_value_outside_a_set_without_ends_is_refused_too(constraint, value):
     with pytest.raises(hypertorch.ArgumentError, match="lies outside"):
         just_inside(torch.tensor(value), constraint, "mix")
+
+
+@pytest.mark.parametrize(
+    ("constraint", "got"),
+    [
+        (C.lower_cholesky, "LowerCholesky"),
+        (C.positive_definite, "PositiveDefinite"),
+        (C.boolean, "Boolean"),
+        (C.independent(C.boolean, 1), "Boolean"),
+        (C.cat([C.positive, C.boolean]), "Cat"),
+    ],
+)
+def test_a_set_without_a_bijection_is_refused_by_name(constraint, got):
+    if got in ("LowerCholesky", "PositiveDefinite") and has_bijection(constraint):
+        pytest.skip("this torch knows one")
+    said = rf"`constraint` of `l` must be a set that .*biject_to knows\. Got .*{got}.*Use `real`"
+    with pytest.raises(hypertorch.ArgumentTypeError, match=said):
+        hypertorch.Hyperparameter(torch.eye(2), constraint, name="l")
+
+
+def has_bijection(constraint):
+    try:
+        torch.distributions.biject_to(constraint)
+    except NotImplementedError:
+        return False
+    return True
+
+
+ENDS = torch.tensor([0.0, 1.0])
+
+
+@pytest.mark.parametrize(
+    "constraint",
+    [
+        C.interval(ENDS, ENDS + 2),
+        C.interval(-1.0, ENDS + 2),
+        C.greater_than(ENDS - 1),
+        C.less_than(ENDS + 2),
+        C.independent(C.interval(ENDS, ENDS + 2), 1),
+    ],
+)
+def test_bounds_for_each_number_are_refused(constraint):
+    said = "must have the same bounds for all its numbers.*Use a Hyperparameter for each number"
+    with pytest.raises(hypertorch.ArgumentError, match=f"`constraint` of `x` {said}"):
+        hypertorch.Hyperparameter(torch.tensor([0.5, 1.5]), constraint, name="x")
+
+
+def test_bounds_may_be_tensors_of_one_number():
+    one, three = torch.tensor(1.0), torch.tensor(3.0)
+    h = hypertorch.Hyperparameter([1.0, 2.0], C.greater_than(torch.tensor(0.0)))
+    torch.testing.assert_close(h().detach(), torch.tensor([1.0, 2.0]))
+    with pytest.warns(hypertorch.HypertorchWarning, match="just inside"):
+        h = hypertorch.Hyperparameter([1.0, 2.0], C.interval(one, three))
+    torch.testing.assert_close(h().detach(), torch.tensor([1.002, 2.0]))

@@ -232,26 +232,64 @@ def test_gradients_may_be_set_to_none_in_a_window_and_to_nothing_else():
     train(model, optimizer, data[1:])
 
 
+@pytest.mark.parametrize("returned", [None, torch.tensor(0.5)])
 @pytest.mark.parametrize("engine", FROM_GRADIENTS[::2], ids=repr)
 @pytest.mark.parametrize("outer", [hypertorch.GatedSign, None])
-def test_a_closure_that_leaves_its_batch_out_makes_no_step(engine, outer):
-    """A Lightning `training_step` may return None."""
+def test_a_closure_that_leaves_its_batch_out_makes_no_step(engine, outer, returned):
+    """A Lightning `training_step` may return None, and its weight averaging skips backward."""
     model, twin, data = mlp(), mlp(), batches(4)
     pair = [wrapped(built("AdamW", m), m, engine=engine, outer=outer) for m in (model, twin)]
     for t, (x, y) in enumerate(data):
         if t == 2:
             pair[0].zero_grad()
             with pytest.warns(hypertorch.HypertorchWarning, match="no step is made"):
-                assert pair[0].step(lambda: None) is None
+                assert pair[0].step(lambda: returned) is returned
         for m, optimizer in zip((model, twin), pair, strict=True):
             optimizer.step(functools.partial(lambda m, x, y: mse(m(x), y), m, x, y))
     assert_identical(weights(model), weights(twin))
     assert pair[0].cost == pair[1].cost
     pair[0].zero_grad(set_to_none=False)  # as by the bare one: a step along zeros
-    pair[0].step(lambda: None)
+    pair[0].step(lambda: returned)
     pair[1].zero_grad(set_to_none=False)
     pair[1].optimizer.step()
     assert_identical(weights(model), weights(twin))
+
+
+@pytest.mark.filterwarnings("ignore:Weights were written to")
+@pytest.mark.parametrize("returns_graph", [True, False])
+@pytest.mark.parametrize("engine", FROM_GRADIENTS[::2], ids=repr)
+def test_weights_may_be_written_to_between_closures_that_call_backward(engine, returns_graph):
+    """What trainers pass, and what a callback of theirs may do: as in a loop without a closure."""
+    model, twin, data = mlp(), mlp(), batches(12)
+    pair = [wrapped(built("AdamW", m), m, engine=engine) for m in (model, twin)]
+
+    def backward(m, optimizer, x, y):
+        optimizer.zero_grad()
+        loss = mse(m(x), y)
+        loss.backward()
+        return loss if returns_graph else loss.detach()
+
+    for t, (x, y) in enumerate(data):
+        pair[0].step(functools.partial(backward, model, pair[0], x, y))
+        backward(twin, pair[1], x, y)
+        pair[1].step()
+        for m in (model, twin):
+            m[0].weight.requires_grad_(t % 4 != 1)
+            with torch.no_grad():
+                m[2].weight.clamp_(-0.4, 0.4)
+    assert_identical(weights(model), weights(twin))
+    assert pair[0].hypergradients is not None
+
+
+def test_a_model_in_a_window_of_another_says_so():
+    model = mlp()
+    bare = built("SGD", model)
+    first = wrapped(bare, model)
+    train(model, first, batches(1))
+    with pytest.raises(hypertorch.ArgumentError, match="another HyperOptimizer is open on"):
+        wrapped(bare, model)
+    first.close()
+    wrapped(bare, model)
 
 
 def test_a_loss_without_second_derivatives_is_refused_in_our_words():

@@ -79,3 +79,18 @@ def test_a_loss_that_is_not_finite_is_rolled_back_at_the_next_window() -> None:
     optimizer.close()
     assert optimizer.rollbacks == 1
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+@pytest.mark.parametrize("engine", [None, hypertorch.FirstOrder(), hypertorch.Displacement()])
+def test_a_model_may_be_moved_after_it_was_wrapped(engine: Any) -> None:
+    """As `accelerator.prepare` does; what was learned by then goes along."""
+    learned = []
+    for device in ("cpu", "cuda"):
+        learn = ("lr",) if isinstance(engine, hypertorch.Displacement) else ("lr", "weight_decay")
+        more = {"window": 3, "update_every": 5, "engine": engine, "learn": learn}
+        model, optimizer, x, y = set_up(optim.AdamW, "cpu", **more)
+        model.to(device)
+        for _ in range(12):
+            optimizer.step(nn.functional.cross_entropy(model(x.to(device)), y.to(device)))
+        learned.append(optimizer.hyperparameters["lr"]().cpu())
+    assert torch.allclose(*learned, rtol=1e-6)

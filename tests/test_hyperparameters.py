@@ -55,7 +55,14 @@ def test_pulling_back_is_the_chain_rule_through_the_constraint(value, constraint
 
 
 MIXTURES = torch.tensor([[0.2, 0.3, 0.5], [0.98, 0.01, 0.01]], **f64)
-OWN_UNITS = STARTS | {"two mixtures": (MIXTURES, simplex)}
+CORRELATIONS = torch.tensor([[1.0, 0.0, 0.0], [0.6, 0.8, 0.0], [0.48, 0.6, 0.64]], **f64)
+MATRICES = torch.distributions.constraints.corr_cholesky
+OWN_UNITS = STARTS | {
+    "two mixtures": (MIXTURES, simplex),
+    "a matrix of correlations": (CORRELATIONS, MATRICES),
+    "a small one": (CORRELATIONS[:2, :2], MATRICES),
+    "two of them": (torch.stack([CORRELATIONS, torch.eye(3, **f64)]), MATRICES),
+}
 
 
 @pytest.mark.parametrize(("value", "constraint"), OWN_UNITS.values(), ids=OWN_UNITS)
@@ -67,9 +74,13 @@ def test_in_own_units_is_the_least_hypergradient_that_is_pulled_back_to_the_give
     found = h.in_own_units(gradient)
     assert found.shape == value.shape
     torch.testing.assert_close(h.pull_back(found), gradient, rtol=1e-12, atol=1e-13)
+    bijection = torch.distributions.biject_to(constraint)
+    jacobian = torch.autograd.functional.jacobian(bijection, h.raw.detach())
+    least = torch.linalg.pinv(jacobian.reshape(value.numel(), -1).T) @ gradient.flatten()
+    torch.testing.assert_close(found.flatten(), least, rtol=1e-9, atol=1e-11)
     if constraint is simplex:  # c is onto a plane of normal (1, …, 1), along which dE/dλ is free
         assert found.sum(-1).abs().max().item() < 1e-11
-    else:  # one λ, one ρ: it is the inverse
+    elif constraint is not MATRICES:  # one λ, one ρ: it is the inverse
         torch.testing.assert_close(h.in_own_units(h.pull_back(value)), value)
 
 

@@ -10,6 +10,7 @@ from support import assert_identical, batches, built, learned, mlp, mse, network
 
 from hypertorch import (
     ArgumentError,
+    ArgumentTypeError,
     FiniteDifferences,
     GatedSign,
     Hyperparameter,
@@ -259,6 +260,36 @@ def test_a_rule_that_evaluates_again_is_refused_at_once():
     model = mlp()
     with pytest.raises(UnsupportedError, match="`outer` cannot be LBFGS"):
         wrapped(built("SGD", model), model, outer=torch.optim.LBFGS)
+
+
+def test_a_rule_for_sparse_gradients_alone_is_refused_at_once():
+    model = mlp()
+    with pytest.raises(UnsupportedError, match=r"`outer` cannot be SparseAdam.*torch\.optim\.Adam"):
+        wrapped(built("SGD", model), model, outer=torch.optim.SparseAdam)
+
+
+def matrices_alone(raws):
+    """Do what Muon does, which older torch has not."""
+    if any(raw.dim() != 2 for raw in raws):
+        raise ValueError("matrices alone")
+    return torch.optim.SGD(raws, lr=0.1)
+
+
+@pytest.mark.parametrize("factory", [matrices_alone, getattr(torch.optim, "Muon", matrices_alone)])
+def test_a_rule_that_is_not_for_these_numbers_says_so_in_our_words(factory):
+    model = mlp()
+    with pytest.raises(ArgumentError, match=r"`outer` could not be built .* \[\(1,\)\]") as caught:
+        wrapped(built("SGD", model), model, learn="lr", outer=factory)
+    assert type(caught.value.__cause__) is ValueError
+    assert str(caught.value.__cause__) in str(caught.value)
+    matrix = Hyperparameter(torch.eye(2), name="matrix")
+    wrapped(built("SGD", model), model, learn=[matrix], outer=factory)
+
+
+def test_a_rule_with_an_option_that_there_is_not_says_so():
+    model = mlp()
+    with pytest.raises(ArgumentTypeError, match=r"`outer` could not be built .*learning_rate"):
+        wrapped(built("SGD", model), model, outer=partial(torch.optim.Adam, learning_rate=0.1))
 
 
 def test_differences_of_some_entries_alone_learn_nothing_and_are_refused():

@@ -270,6 +270,24 @@ def test_a_start_of_the_weight_decay_that_cannot_be_known_is_refused():
         start_weight_decay(other, 10)
 
 
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": 0.5, "dampening": 1.0}])
+def test_a_decay_that_never_settles_has_no_start(options):
+    model = network()
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5, **options)
+    optimizer = HyperOptimizer(bare, model, outer_loss(model), learn="weight_decay")
+    name = list(options)[-1]
+    with pytest.raises(hypertorch.ArgumentError, match=f"`{name}` of SGD must be below 1"):
+        start_weight_decay(optimizer, 10)
+    assert optimizer.hyperparameters["weight_decay"]().item() == pytest.approx(0.5)
+
+
+def test_dampening_without_momentum_dampens_nothing():
+    model = network()
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=0.5, dampening=1.0)
+    optimizer = HyperOptimizer(bare, model, outer_loss(model), learn="weight_decay")
+    assert start_weight_decay(optimizer, 100, 4) == pytest.approx(0.125)
+
+
 @pytest.mark.parametrize("rates", [(1e-13, 1.0), (1.0, 1e-13), (1e-20, 0.1)])
 def test_groups_of_very_different_eta_keep_their_ratio(rates):
     model = network()

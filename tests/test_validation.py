@@ -16,13 +16,17 @@ import hypertorch
 from hypertorch import ValidationLoss
 
 
+class Notes(list):
+    """A list of ours: a plain one that a module keeps is put back."""
+
+
 class Recorder(nn.Module):
     """Remembers the first number of every batch that it sees, and in which mode."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.ones((), dtype=torch.float64))
-        self.seen, self.modes = [], []
+        self.seen, self.modes = Notes(), Notes()
 
     def forward(self, x):
         self.seen.append(x.flatten().tolist())
@@ -366,6 +370,42 @@ def test_hidden_states_before_the_first_batch_are_none_again():
     model = Stateful()
     ValidationLoss(model, nn.functional.mse_loss, stateful_batches(1))()
     assert model.hidden is None and model.last is None
+
+
+class Counting(nn.Linear):
+    """Keeps terms of the loss in a list, what it saw in a dictionary, and counts its calls."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.terms, self.sizes, self.calls, self.is_begun = [], {}, 0, False
+
+    def forward(self, x):
+        self.calls, self.is_begun, self.latest = self.calls + 1, True, len(x)
+        out = super().forward(x)
+        self.terms.append(1e-3 * out.square().mean())
+        self.sizes[self.calls] = len(x)
+        return out
+
+
+def test_numbers_lists_and_dictionaries_that_a_model_keeps_are_trainings():
+    model, data = Counting(), stateful_batches(4)
+    before = model.terms, model.sizes
+    ValidationLoss(model, nn.functional.mse_loss, data)()
+    assert (model.terms, model.sizes, model.calls, model.is_begun) == ([], {}, 0, False)
+    assert not hasattr(model, "latest")
+    bare = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)
+    outer_loss = ValidationLoss(model, nn.functional.mse_loss, data)
+    optimizer = hypertorch.HyperOptimizer(
+        bare, model, outer_loss, window=1, update_every=1, engine=hypertorch.FirstOrder()
+    )
+    for x, y in data:
+        optimizer.zero_grad()
+        (nn.functional.mse_loss(model(x), y) + sum(model.terms)).backward()
+        model.terms.clear()
+        optimizer.step()
+    assert optimizer.hypergradients is not None
+    assert (model.calls, model.sizes, model.latest) == (4, dict.fromkeys([1, 2, 3, 4], 4), 4)
+    assert model.terms is before[0] and model.sizes is before[1]
 
 
 def test_a_hidden_state_with_a_graph_that_is_used_up_is_named():

@@ -87,7 +87,7 @@ OF_ITS_OWN = {
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("name", OF_ITS_OWN)
 def test_a_rate_of_the_loops_own_is_said_once_to_replace_what_is_learned(name, groups):
-    with pytest.warns(HypertorchWarning, match="`lr` of group 0 was written by hand") as said:
+    with pytest.warns(HypertorchWarning, match="`lr` of group 0 was written: ") as said:
         trained(OF_ITS_OWN[name], groups=groups)
     assert len(said) == 1
     assert said[0].filename == __file__
@@ -149,7 +149,7 @@ def test_a_group_that_is_added_is_watched_too():
     optimizer.add_param_group({"params": list(model[1].parameters()), "lr": START})
     optimizer.step(loss())
     optimizer.param_groups[1]["lr"] = 1e-6
-    with pytest.warns(HypertorchWarning, match="`lr` of group 1 was written by hand"):
+    with pytest.warns(HypertorchWarning, match="`lr` of group 1 was written: "):
         optimizer.step(loss())
 
 

@@ -17,7 +17,7 @@ from ..entries import sparse_gradients
 from ..errors import WindowError
 from ..loss_graph import LossGraph
 from ..state import CONSTANT, State, by_place, set_state
-from ..transition import check_dependence, trainable, vjp
+from ..transition import check_dependence, vjp
 from .engine import (
     Carried,
     Engine,
@@ -77,7 +77,7 @@ class UnrolledWindow(Window):
         self._gradient_is_constant = not training.in_loss
         self._start = CONSTANT  # of the present graph: leaves
         self._cut_off: list[tuple[State, State]] = []  # graphs before it: from where to where
-        self._leaves: set[int] = set()  # the weights where the present graph begins, by their ids
+        self._leaves = {id(p) for p in self.params}  # where the present graph begins, by their ids
         self._former: set[int] = set()  # those where one of the others does
 
     def step(self, step: TrainingStep) -> None:
@@ -143,15 +143,16 @@ class UnrolledWindow(Window):
             WindowError: the graph was written to or freed meanwhile, or E is another model's.
         """
         values, loss = self.training.values(), outer_loss()
-        LossGraph(loss, self.params).check_references(self._former)
+        graph = LossGraph(loss, self.params)
+        graph.check_references(self._former)
+        if not (graph.reaches_weights() or graph.leaves() & (self._former | self._leaves)):
+            raise independent_outer_loss()  # not even of earlier weights of the window
         try:
             with sparse_gradients():
                 one = by_place([torch.ones_like(loss)])
                 adjoint, total = vjp(
                     self._start, values, State([loss], [{}]), one, keeps_graph=bool(self._cut_off)
                 )
-                if not (adjoint or total):
-                    self._check_outer_dependence(loss)
                 while self._cut_off:
                     start, end = self._cut_off.pop()
                     adjoint, found = vjp(start, values, end, adjoint)
@@ -161,11 +162,6 @@ class UnrolledWindow(Window):
                 raise _broken_graph() from error
             raise
         return loss.detach(), {n: _settled(found) for n, found in completed(total, values).items()}
-
-    def _check_outer_dependence(self, outer_loss: Tensor) -> None:
-        gradients = torch.autograd.grad(outer_loss, trainable(self.params), allow_unused=True)
-        if all(gradient is None for gradient in gradients):
-            raise independent_outer_loss()
 
     def close(self) -> Carried | None:
         """Write the fast weights and buffers to the live parameters and optimizer."""

@@ -351,6 +351,13 @@ def test_it_refuses_a_step_that_is_not_proportional_to_eta() -> None:
         problem.by(Displacement(), [partial(problem.inner, 0)], "lr")
 
 
+@pytest.mark.parametrize("options", [{"momentum": 1.0}, {"momentum": 0.5, "dampening": 1.0}])
+def test_it_refuses_momentum_that_never_settles(options: dict[str, float]) -> None:
+    problem = Problem(optim.SGD, {"lr": 0.1, "weight_decay": 0.1} | options)
+    with pytest.raises(hypertorch.ArgumentError, match=f"`{list(options)[-1]}` of SGD must be"):
+        problem.by(Displacement(), [partial(problem.inner, 0)], "lr")
+
+
 @pytest.mark.parametrize("average", [-0.1, 1.0])
 def test_an_average_out_of_its_range_is_refused(average: float) -> None:
     with pytest.raises(hypertorch.ArgumentError, match="`average` of Displacement must be"):

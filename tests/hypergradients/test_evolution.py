@@ -208,6 +208,27 @@ def test_with_a_complete_set_of_small_steps_it_is_the_unrolled_hypergradient(des
     assert ours["mixture"].sum().item() == pytest.approx(0, abs=1e-9)
 
 
+@pytest.mark.parametrize("size", [2, 3])
+def test_a_matrix_of_correlations_has_the_unrolled_hypergradient(size, designed):
+    model, constraint = mlp(), torch.distributions.constraints.corr_cholesky
+    start = torch.distributions.biject_to(constraint)(torch.randn(size * (size - 1) // 2, **f64))
+    matrix = Hyperparameter(start, constraint, name="L")
+    bare = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = HyperOptimizer(bare, model, outer=None, learn=[matrix])
+    target = torch.randn(size, size, **f64)
+
+    def inner(x: Tensor, y: Tensor) -> Tensor:
+        return mse(model(x), y) * (matrix() - target).square().sum()
+
+    losses = [partial(inner, x, y) for x, y in batches(STEPS)]
+    outer = partial(loss, model, *batches(1, seed=5)[0])
+    designed(orthogonal(matrix.raw.numel()))
+    ours = hypergradient(optimizer, losses, outer, Evolution(matrix.raw.numel(), 3e-5))["L"]
+    exact = hypergradient(optimizer, losses, outer)["L"]
+    assert ours.shape == exact.shape == (size, size)
+    assert_close([matrix.pull_back(ours)], [matrix.pull_back(exact)], 1e-6)
+
+
 def smoothed(make, scale: float, nodes: int = 8) -> Tensor:
     """dE/dρ of E smoothed over ρ + ε, by quadrature over unrolled hypergradients; two numbers."""
     points, masses = numpy.polynomial.hermite_e.hermegauss(nodes)
@@ -352,8 +373,16 @@ def test_every_particle_is_judged_with_the_same_random_numbers():
 
 def test_the_closure_is_last_called_with_the_live_value():
     optimizer, inner, outer = dropout_problem()
-    hypergradient(optimizer, inner, outer, Evolution(2, 0.5))
-    assert optimizer.model[2].p == pytest.approx(0.3, rel=1e-12)
+    before, rates = optimizer.model[2].p, []
+
+    def noted(loss):
+        value = loss()
+        rates.append(optimizer.model[2].p)
+        return value
+
+    hypergradient(optimizer, [partial(noted, loss) for loss in inner], outer, Evolution(2, 0.5))
+    assert rates[-1] == pytest.approx(0.3, rel=1e-12) and before != rates[-1]
+    assert optimizer.model[2].p == before
 
 
 def test_an_outer_loss_may_be_an_error_rate():

@@ -1,6 +1,8 @@
 """The unrolled hypergradient against central differences of torch.optim's own training."""
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -308,3 +310,101 @@ def test_a_warm_window_starts_from_the_optimizers_buffers() -> None:
 
     expected = (shifted(EPSILON) - shifted(-EPSILON)) / (2 * EPSILON)
     assert (frozen.hypergradients or {})["lr"].item() == pytest.approx(expected, rel=1e-7)
+
+
+def with_alpha(steps: int, engine: hypertorch.Unroll | None, outer_loss: Any) -> dict[str, Tensor]:
+    """The hypergradient of an E of model, batch and α = 0.5, with lr and α learned."""
+    model, bare, data = problem(optim.SGD, {"lr": 0.1, "momentum": 0.5}, warm=0)
+    alpha = hypertorch.Hyperparameter(0.5, hypertorch.unit_interval, name="alpha")
+    optimizer = hypertorch.HyperOptimizer(bare, model, outer=None, learn=["lr", alpha])
+    inner = [partial(inner_loss, model, x, y) for x, y in data[:steps]]
+    outer = partial(outer_loss, model, *data[-1], alpha)
+    return hypertorch.hypergradient(optimizer, inner, outer, engine)
+
+
+def of_another(model: nn.Module, x: Tensor, y: Tensor, alpha: Any) -> Tensor:
+    return inner_loss(copy.deepcopy(model), x, y) * (1 + alpha() ** 2)
+
+
+def of_weights_as_they_were(model: nn.Module, x: Tensor, y: Tensor, alpha: Any) -> Tensor:
+    return model[0].weight.detach().square().sum() * alpha()
+
+
+@pytest.mark.parametrize("outer_loss", [of_another, of_weights_as_they_were])
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("engine", [None, hypertorch.Forward(), hypertorch.Replay()])
+def test_an_outer_loss_of_other_weights_is_an_error_though_lambda_is_in_it(
+    steps: int, engine: Any, outer_loss: Any
+) -> None:
+    with pytest.raises(hypertorch.WindowError, match="does not depend on the weights that train"):
+        with_alpha(steps, engine, outer_loss)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_outer_loss_may_depend_on_one_weight_alone(steps: int) -> None:
+    def outer(model: nn.Module, x: Tensor, y: Tensor, alpha: Any) -> Tensor:
+        return model[2].bias[0] ** 2 * alpha()
+
+    found, expected = (with_alpha(steps, engine, outer) for engine in (None, hypertorch.Replay()))
+    for name in ("lr", "alpha"):
+        assert found[name] != 0
+        assert found[name].item() == pytest.approx(expected[name].item(), rel=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+def test_an_outer_loss_may_depend_on_a_weight_without_a_gradient_alone(steps: int) -> None:
+    """One that the inner losses do not use stays what it is, whatever η."""
+
+    def outer(model: nn.Module, x: Tensor, y: Tensor, alpha: Any) -> Tensor:
+        return model.head.square().sum() * alpha()
+
+    model, bare, data = problem(optim.SGD, {"lr": 0.1}, warm=0)
+    model.head = nn.Parameter(torch.ones(2))
+    bare.add_param_group({"params": [model.head]})
+    alpha = hypertorch.Hyperparameter(0.5, hypertorch.unit_interval, name="alpha")
+    optimizer = hypertorch.HyperOptimizer(
+        bare, model, outer=None, learn={"lr": "shared", "a": alpha}
+    )
+    inner = [partial(inner_loss, model, x, y) for x, y in data[:steps]]
+    found = hypertorch.hypergradient(optimizer, inner, partial(outer, model, *data[-1], alpha))
+    assert found["lr"] == 0 and found["a"] == 2
+
+
+@pytest.mark.parametrize("is_foreign", [False, True])
+def test_a_window_that_was_cut_knows_its_weights(is_foreign: bool) -> None:
+    """By an input that requires a gradient, after which the graph goes on from leaves."""
+    model, bare, data = problem(optim.SGD, {"lr": 0.1}, warm=0)
+    alpha = hypertorch.Hyperparameter(0.5, hypertorch.unit_interval, name="alpha")
+    optimizer = hypertorch.HyperOptimizer(bare, model, outer=None, learn=["lr", alpha])
+    inner = [partial(inner_loss, model, x.clone().requires_grad_(), y) for x, y in data[:3]]
+    other = copy.deepcopy(model) if is_foreign else model
+
+    def outer() -> Tensor:
+        return inner_loss(other, *data[-1]) * alpha()
+
+    if is_foreign:
+        with pytest.raises(hypertorch.WindowError, match="does not depend on the weights"):
+            hypertorch.hypergradient(optimizer, inner, outer)
+        return
+    found = hypertorch.hypergradient(optimizer, inner, outer)
+    expected = hypertorch.hypergradient(optimizer, inner, outer, hypertorch.Replay())
+    for name, h in found.items():
+        assert h.item() == pytest.approx(expected[name].item(), rel=1e-10) and h != 0
+
+
+@pytest.mark.parametrize("end", [1, 2])
+def test_an_outer_loss_may_be_that_of_earlier_weights_of_the_window(end: int) -> None:
+    """Taken between two steps, with its graph: it does not depend on the last weights."""
+    model, bare, data = problem(optim.SGD, {"lr": 0.1, "momentum": 0.5}, warm=0)
+    optimizer = hypertorch.HyperOptimizer(bare, model, outer=None, learn=["lr"])
+    inner = [partial(inner_loss, model, x, y) for x, y in data[:3]]
+    outer, kept = partial(inner_loss, model, *data[-1]), []
+
+    def noting() -> Tensor:
+        kept.append(outer())
+        return inner[end]()
+
+    steps = [*inner[:end], noting, *inner[end + 1 :]]
+    found = hypertorch.hypergradient(optimizer, steps, lambda: kept[0])
+    expected = hypertorch.hypergradient(optimizer, inner[:end], outer)
+    assert found["lr"].item() == pytest.approx(expected["lr"].item(), rel=1e-10) != 0
