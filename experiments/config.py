@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 from hydra import compose, initialize_config_dir
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf
 
 from experiments.config_errors import ConfigError, check_keys, explained
 from experiments.config_values import check_values
-from experiments.schema import CHOICES, RUNS, TRAINING, Config
+from experiments.schema import CHOICES, RUNS, TRAINING, Config, StudyRunConfig
 from experiments.studies.schema import STUDIES
 
 CONFIG_FOLDER = Path(__file__).resolve().parent.parent / "configs"
@@ -72,14 +74,37 @@ def composed(name: str, overrides: list[str], folder: Path) -> DictConfig:
         GlobalHydra.set_instance(hydra)
 
 
+def given_keys(overrides: list[str]) -> set[str]:
+    """The keys that a command line sets, `optimizer.lr` also in `optimizer={lr: 1}`.
+
+    Args:
+        overrides: Hydra overrides that it can read.
+
+    Returns:
+        Dotted keys, and the groups of which something is chosen.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    return {key for one in parsed for key in _keys(one.key_or_group, one.value())}
+
+
+def _keys(key: str, value: Any) -> Iterator[str]:
+    """The keys that one override sets: several if its value is a dictionary."""
+    if not isinstance(value, dict):
+        yield key
+        return
+    for name, below in value.items():
+        yield from _keys(f"{key}.{name}", below)
+
+
 def checked(config: DictConfig) -> Config:
     """The same configuration, once every key in it is known and every value is there and possible.
 
     Raises:
-        ConfigError: for a key past the schema, a group without a choice, one that the study does
-            not use, or a value that `check_values` refuses.
+        ConfigError: for a key past the schema, a study without its experiment, a group without a
+            choice, one that the study does not use, or a value that `check_values` refuses.
     """
     check_keys(config)
+    _check_study_has_its_experiment(config)
     unused = _unused(config)
     missing = sorted(OmegaConf.missing_keys(config) - unused)
     if missing:
@@ -91,6 +116,19 @@ def checked(config: DictConfig) -> Config:
             )
     check_values(cast(Config, config))
     return cast(Config, config)
+
+
+def _check_study_has_its_experiment(config: DictConfig) -> None:
+    """Refuse a study that was chosen alone: its experiment brings what else it needs."""
+    names = {kind: name for name, kind in STUDIES.items()}
+    kind: Any = OmegaConf.get_type(config, "study")
+    name, experiment = names.get(kind), OmegaConf.select(config, "run.experiment")
+    is_study = OmegaConf.get_type(config, "run") is StudyRunConfig
+    if name and not (is_study and STUDIES.get(experiment, kind) is kind):
+        raise ConfigError(
+            f"command line: `study={name}` alone lacks what its experiment brings. Write "
+            f"`experiment={name}` instead."
+        )
 
 
 def _unused(config: DictConfig) -> set[str]:

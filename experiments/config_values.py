@@ -7,12 +7,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import ListConfig, OmegaConf
 
 from experiments.config_errors import ConfigError
 from experiments.schema import Config
 
 COUNTS = ("run.epochs", "run.evaluate_every", "run.checkpoint_every", "run.threads")
+MAY_BE_EMPTY = ("hidden", "short_windows")  # of a study: then there is less to do
+ANY_NUMBER = ("seeds",)  # of a study
 
 
 def check_values(config: Config) -> None:
@@ -28,8 +30,9 @@ def check_values(config: Config) -> None:
     check_least(config, COUNTS, 1)
     for key in ("experiment", "name"):
         _check_folder_name(f"run.{key}", config.run[key])
-    if config.study is not None and not config.study.seeds:
-        raise ConfigError("`study.seeds` is empty. Name a seed: `study.seeds=[0]`.")
+    _check_betas(config)
+    if config.study is not None:
+        _check_study(config.study)
 
 
 def check_finite(config: Any) -> None:
@@ -51,7 +54,7 @@ def check_least(config: Any, keys: Sequence[str], least: int, prefix: str = "") 
 
     Args:
         config: an OmegaConf node; keys that it lacks and values of None are passed over.
-        keys: of whole numbers, dotted.
+        keys: of numbers and of lists of them, dotted.
         least: the smallest that is allowed.
         prefix: where the node sits in the whole, as `"tier.size."`.
 
@@ -59,9 +62,12 @@ def check_least(config: Any, keys: Sequence[str], least: int, prefix: str = "") 
         ConfigError: for the first that is smaller.
     """
     for key in keys:
-        value = OmegaConf.select(config, key)
-        if value is not None and value < least:
-            raise ConfigError(f"`{prefix}{key}` is too small. Got {value}. Choose {least} or more.")
+        found = OmegaConf.select(config, key)
+        for value in found if isinstance(found, ListConfig) else [found]:
+            if value is not None and value < least:
+                raise ConfigError(
+                    f"`{prefix}{key}` is too small. Got {value}. Choose {least} or more."
+                )
 
 
 def make_folder(path: Path, key: str) -> None:
@@ -80,6 +86,25 @@ def make_folder(path: Path, key: str) -> None:
         raise ConfigError(
             f"No folder can be made at `{path}`: {error.strerror}. Choose another `{key}`."
         ) from None
+
+
+def _check_betas(config: Any) -> None:
+    betas = OmegaConf.select(config, "optimizer.betas")
+    if betas is not None and len(betas) != 2:
+        raise ConfigError(
+            f"`optimizer.betas` must be two numbers. Got {betas}. Write `optimizer.betas=[…,…]`."
+        )
+
+
+def _check_study(study: Any) -> None:
+    """Refuse empty lists, and whole numbers below 1 or what the study's `least` has instead."""
+    least = getattr(OmegaConf.get_type(study), "least", {})
+    for key, value in study.items():
+        values = value if isinstance(value, ListConfig) else [value]
+        if not values and key not in MAY_BE_EMPTY:
+            raise ConfigError(f"`study.{key}` is empty. Name at least one: `study.{key}=[…]`.")
+        if key not in ANY_NUMBER and all(isinstance(one, int) for one in values):
+            check_least(study, (key,), least.get(key, 1), "study.")
 
 
 def _check_folder_name(key: str, name: str) -> None:

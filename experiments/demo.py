@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import statistics
 import sys
 from collections.abc import Sequence
@@ -17,10 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from tqdm import tqdm
 
-from experiments.config import load_config
+from experiments.config import given_keys, load_config
+from experiments.config_errors import ConfigError
 from experiments.exit_status import with_exit_status
 from experiments.figures import demo_figure
 from experiments.optimizers import schedule_factor
+from experiments.processes import pool_of
 from experiments.resuming import Interrupted
 from experiments.run import run
 from experiments.run_folder import Row, RunFolder
@@ -31,8 +32,10 @@ Summary = dict[str, Any]
 Point = tuple[float, float]  # (η, λ)
 GRID_LR = (3e-4, 3e-3, 3e-2, 3e-1, 3.0)
 GRID_WEIGHT_DECAY = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+DEMO = "demo"  # its experiment, and the folder of its runs
 START: Point = (3e-4, 1.0)  # η 100 times below, λ 100 times above the middle of the grid
 PROCESSES = 2
+OWN = ("optimizer.lr", "optimizer.weight_decay", "hyper", "run.name")  # what the demo sets itself
 
 
 class Entry(NamedTuple):
@@ -57,13 +60,38 @@ def config_at(point: Point, overrides: Sequence[str], *more: str) -> Config:
         The configuration.
     """
     lr, decay = point
-    here = [f"optimizer.lr={lr}", f"optimizer.weight_decay={decay}"]
+    chosen = load_config(_with_experiment(overrides)).run.experiment
+    folder = chosen if chosen == DEMO else f"{DEMO}/{chosen}"  # of runs that are the demo's own
+    here = [f"optimizer.lr={lr}", f"optimizer.weight_decay={decay}", f"run.experiment={folder}"]
     return load_config([*_with_experiment(overrides), *here, *more])
 
 
 def _with_experiment(overrides: Sequence[str]) -> list[str]:
     is_chosen = any(override.startswith("experiment=") for override in overrides)
-    return [*([] if is_chosen else ["experiment=demo"]), *overrides]
+    return [*([] if is_chosen else [f"experiment={DEMO}"]), *overrides]
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Refuse what the demo would not heed.
+
+    Args:
+        overrides: Hydra overrides for every run of the demo.
+
+    Raises:
+        ConfigError: for a study, and for a key that the demo sets itself.
+    """
+    config = load_config(_with_experiment(overrides))
+    if config.study is not None:
+        raise ConfigError(
+            f"command line: the demo trains, and `{config.run.experiment}` is a study. Run it with "
+            "`experiments.run`."
+        )
+    for key in sorted(given_keys(overrides)):
+        if any(key == own or key.startswith(f"{own}.") for own in OWN):
+            raise ConfigError(
+                f"command line: the demo sets `{key}` itself. Leave it out, or make a run of your "
+                "own with `experiments.run`."
+            )
 
 
 def grid_points() -> list[Point]:
@@ -94,14 +122,9 @@ def run_grid(overrides: list[str]) -> dict[Point, Summary]:
         The summaries by point.
     """
     jobs = [(point, overrides) for point in grid_points()]
-    context = multiprocessing.get_context("spawn")
-    pool = context.Pool(PROCESSES)
-    try:
+    with pool_of(PROCESSES) as pool:
         results = pool.imap_unordered(run_cell, jobs)
         return dict(tqdm(results, total=len(jobs), desc="grid", unit="run"))
-    finally:
-        pool.close()
-        pool.join()
 
 
 def table(learned: Summary, fixed: Summary, grid: dict[Point, Summary]) -> list[Entry]:
@@ -222,9 +245,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _compare(overrides: list[str]) -> None:
+    check_overrides(overrides)
     learned_config = config_at(START, overrides, "hyper=any_start", "run.name=learned")
     fixed_config = config_at(START, overrides, "hyper=none", "run.name=fixed")
-    print(f"Digits: learned and fixed run from {_at(START)}, then a grid of 25 runs.", flush=True)
+    print(_what_is_run(learned_config), flush=True)
     try:
         learned, fixed = (run(config, fresh=True) for config in (learned_config, fixed_config))
         grid = run_grid(overrides)
@@ -232,6 +256,14 @@ def _compare(overrides: list[str]) -> None:
         raise Interrupted("Stopped. The same command starts the demo again.") from None
     entries = table(learned, fixed, grid)
     _report(learned_config, learned, grid, entries)
+
+
+def _what_is_run(config: Config) -> str:
+    task, model = (node._target_.rpartition(".")[2] for node in (config.task, config.model))
+    return (
+        f"{config.run.experiment}, {model} on {task}: learned and fixed run from {_at(START)}, "
+        f"then a grid of {len(grid_points())} runs."
+    )
 
 
 def _report(

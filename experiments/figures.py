@@ -60,13 +60,9 @@ def plot_losses(axes: Axes, history: Sequence[Row], best_step: int) -> None:
         best_step: the step with the best validation accuracy.
     """
     steps = _column(history, "step")
-    axes.plot(steps, _column(history, "train_loss"), color=TRAIN, label="training (inner) loss")
-    axes.plot(
-        steps,
-        _column(history, "validation_loss"),
-        color=VALIDATION,
-        label="validation (outer) loss",
-    )
+    validation = _column(history, "validation_loss")
+    _plot(axes, steps, _column(history, "train_loss"), TRAIN, "training (inner) loss")
+    _plot(axes, steps, validation, VALIDATION, "validation (outer) loss")
     axes.axvline(best_step, color="0.5", linestyle=":", label="best validation accuracy")
     axes.set_ylabel("cross-entropy (nats)")
     axes.set_ylim(bottom=0)
@@ -82,15 +78,22 @@ def plot_hyperparameters(axes: Axes, history: Sequence[Row]) -> None:
         history: the rows of `metrics.csv`.
     """
     steps = _column(history, "step")
-    axes.plot(steps, _column(history, "lr"), color=LR, label="learning rate η")
-    axes.plot(steps, _column(history, "weight_decay"), color=WEIGHT_DECAY, label="weight decay λ")
+    lines = [("lr", LR, "learning rate η"), ("weight_decay", WEIGHT_DECAY, "weight decay λ")]
     others = [name for name in history[0] if name not in NOT_LEARNED]
-    for name, colour in zip(others, OTHERS, strict=False):
-        axes.plot(steps, _column(history, name), color=colour, label=name)
+    lines += [(name, colour, name) for name, colour in zip(others, OTHERS, strict=False)]
+    for name, colour, label in lines:
+        values = _column(history, name)
+        _plot(axes, steps, np.where(values > 0, values, np.nan), colour, label)
     axes.set_yscale("log")
     axes.set_ylabel("value (log scale, no unit)")
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small")
+
+
+def _plot(axes: Axes, steps: np.ndarray, values: np.ndarray, colour: str, label: str) -> None:
+    """A line; a lone value, of which a line shows nothing, as a dot."""
+    marker = "o" if np.isfinite(values).sum() == 1 else None
+    axes.plot(steps, values, color=colour, label=label, marker=marker)
 
 
 def demo_figure(

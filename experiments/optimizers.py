@@ -21,6 +21,9 @@ from experiments.schema import AnyStartConfig, Config, FixedConfig, HyperConfig,
 #: How many epochs a trapezoid stays at 1, and how much of a shorter run.
 HELD_EPOCHS, HELD_SHARE = 4, 0.8
 
+#: Classes of torch.optim that cannot move λ and η: they need matrices, sparse gradients, a closure.
+NO_RULES = ("Optimizer", "Muon", "SparseAdam", "LBFGS")
+
 
 def build(node: Any, *args: Any, **extra: Any) -> Any:
     """Call what `_target_` of a configuration node names, with its other keys as arguments."""
@@ -37,7 +40,7 @@ def bare_optimizer(node: Any, model: nn.Module) -> torch.optim.Optimizer:
     """
     try:
         return cast(torch.optim.Optimizer, build(node, model.parameters()))
-    except ValueError as error:
+    except (ValueError, TypeError, IndexError) as error:
         raise ConfigError(f"command line: `optimizer`: {error}.") from error
 
 
@@ -105,7 +108,7 @@ def outer_rule(hyper: HyperConfig) -> Callable[..., torch.optim.Optimizer]:
 
 
 def _torch_rule(name: str) -> Any:
-    names = [other for other in dir(torch.optim) if other[0].isupper() and other != "Optimizer"]
+    names = [other for other in dir(torch.optim) if other[0].isupper() and other not in NO_RULES]
     if name not in names:
         hint = did_you_mean(name, ["GatedSign", *names])
         raise ConfigError(f"`hyper.outer` names no rule. Got `{name}`.{hint}")

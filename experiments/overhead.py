@@ -1,6 +1,7 @@
 """`python -m experiments.overhead`: what hypertorch costs beside the bare optimizer and `higher`.
 
-Everything is measured in one process, in turns, so that a slow moment hits all alike.
+Everything is measured in turns, in one process (but for windows of a thousand steps), so that a
+slow moment hits all alike.
 """
 
 from __future__ import annotations

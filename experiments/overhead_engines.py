@@ -2,7 +2,8 @@
 
 Time is the median over windows taken in turns, three at the least, in units of K bare training
 steps; memory is the peak of live tensors above what training itself holds, in states (weights and
-momentum).
+momentum). What a graph of a thousand steps leaves of the heap slows down whoever comes next, so
+that such windows are timed in processes of their own, with bare steps in turns.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hypertorch
-from experiments.overhead_setups import Action, Bench, repeated, timings
+from experiments.overhead_setups import MODELS, Action, Bench, repeated, timings
+from experiments.processes import pool_of
 
 #: The engines whose cost is measured, and whether they keep a graph of the whole window.
 ENGINES: dict[str, tuple[hypertorch.Engine, bool]] = {
@@ -89,6 +91,7 @@ class Plan(NamedTuple):
         counts: how many numbers are learned, at a window of `count_horizon` steps.
         longest_graph: K beyond which what keeps a graph of the window is left out, by model.
         batches: examples in a batch, by model: the CNN's are few, so that long windows end.
+        alone: K from which each engine is timed in a process of its own.
         seconds: about how long each point is timed; a long window is timed `FEWEST` times all the
             same, and takes longer.
     """
@@ -98,6 +101,7 @@ class Plan(NamedTuple):
     count_horizon: int = 10
     longest_graph: Mapping[str, int] = {"MLP": 1024, "CNN": 256}
     batches: Mapping[str, int] = {"MLP": 128, "CNN": 16}
+    alone: int = 1024
     seconds: float = 3.0
 
 
@@ -110,21 +114,38 @@ def measure(name: str, bench: Bench, plan: Plan) -> Iterator[Point]:
         plan: what to measure.
     """
     for horizon in plan.horizons:
-        has_room = horizon <= plan.longest_graph[name]
-        actions = {
-            engine: bench.engine_window(how, horizon, count=2)
-            for engine, (how, keeps_graph) in ENGINES.items()
-            if has_room or not keeps_graph
-        }
-        if has_room:
-            actions |= _peers(bench, horizon)
-        yield from _points(name, bench, actions, horizon, 2, plan.seconds)
+        actions = _windows(name, bench, horizon, plan)
+        if horizon < plan.alone:
+            yield from _points(name, bench, actions, horizon, 2, plan.seconds)
+            continue
+        for engine in actions:
+            with pool_of(1) as pool:
+                yield pool.apply(_alone, (name, engine, horizon, plan, bench.device))
     for count in plan.counts:
         actions = {
             engine: bench.engine_window(ENGINES[engine][0], plan.count_horizon, count)
             for engine in ("Unroll", "Replay √K")
         }
         yield from _points(name, bench, actions, plan.count_horizon, count, plan.seconds)
+
+
+def _windows(name: str, bench: Bench, horizon: int, plan: Plan) -> dict[str, Action]:
+    """Return a window of each engine, and of other packages, as far as there is room for graphs."""
+    has_room = horizon <= plan.longest_graph[name]
+    own = {
+        engine: bench.engine_window(how, horizon, count=2)
+        for engine, (how, keeps_graph) in ENGINES.items()
+        if has_room or not keeps_graph
+    }
+    return own | _peers(bench, horizon) if has_room else own
+
+
+def _alone(name: str, engine: str, horizon: int, plan: Plan, device: torch.device) -> Point:
+    """Return the point of one engine; for a process of its own."""
+    bench = Bench(MODELS[name], device, plan.batches[name])
+    action = _windows(name, bench, horizon, plan)[engine]
+    (point,) = _points(name, bench, {engine: action}, horizon, 2, plan.seconds)
+    return point
 
 
 def _peers(bench: Bench, horizon: int) -> dict[str, Action]:

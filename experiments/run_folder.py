@@ -206,11 +206,13 @@ def _damaged(file: Path, what_to_do: str) -> ConfigError:
 
 
 def _differences(there: Any, here: Any) -> Iterator[tuple[str, Any, Any]]:
+    """What is chosen comes first: `hyper.name` says more than the keys that come with it."""
     free = {"run.device", "run.threads", "run.root"}
     old, new = (dict(_flat(OmegaConf.to_yaml(c, resolve=True))) for c in (there, here))
-    for key in sorted((old.keys() | new.keys()) - free):
+    keys = (old.keys() | new.keys()) - free
+    for key in sorted(keys, key=lambda key: (not key.endswith((".name", "._target_")), key)):
         if old.get(key) != new.get(key):
-            yield key, old.get(key), new.get(key)
+            yield key, old.get(key, "not set"), new.get(key, "not set")
 
 
 def _flat(yaml_text: str) -> Iterator[tuple[str, Any]]:

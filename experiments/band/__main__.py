@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from experiments.band.config import load_band, load_tasks
+from experiments.band.config import BAND_FOLDER, load_band, load_tasks
 from experiments.band.figures import cost_figure, difference_figure, heat_maps
 from experiments.band.plan import Plan
 from experiments.band.summary import comparisons, summary_text, write_summary
@@ -18,7 +18,8 @@ from experiments.config_values import make_folder
 from experiments.exit_status import with_exit_status
 from experiments.resuming import Interrupted
 
-HELP = """python -m experiments.band [tier=quick|full] [task=NAME] [methods=[NAME,…]] [key=value …]
+TIERS = "|".join(sorted(path.stem for path in (BAND_FOLDER / "tier").glob("*.yaml")))
+HELP = f"""python -m experiments.band [tier={TIERS}] [task=NAME] [methods=[NAME,…]] [key=value …]
 
 Trains from every start by every method, goes on where it stopped, and compares with the grid.
 tier.size.seeds=[0,1,2] sets the seeds of all tasks, workers=2 the processes, root=FOLDER where

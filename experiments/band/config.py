@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
-from experiments.config import CONFIG_FOLDER, composed
+from experiments.config import CONFIG_FOLDER, composed, given_keys
 from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean
 from experiments.config_values import check_finite, check_least
 from experiments.schema import Schedule
 
 COUNTS = ("workers", "task.batch_size", "task.epochs", "task.evaluations", "task.together")
+BOXES = [f"{base}.{key}" for base in ("sgd", "adamw") for key in ("lr", "weight_decay")]
 BAND_FOLDER = CONFIG_FOLDER / "band"
 
 
@@ -52,27 +52,19 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
     _let_the_command_line_win(config, overrides)
     check_finite(config)
     check_least(config, COUNTS, 1)
+    for key in BOXES:
+        _check_numbers(config, key)
     return cast(BandConfig, config)
 
 
 def _let_the_command_line_win(config: DictConfig, overrides: list[str]) -> None:
     """Drop what `tier.smaller` has of a `tier.size.KEY` that was given, unless it was given too."""
-    parsed = OverridesParser.create().parse_overrides(overrides)
-    given = {key for one in parsed for key in _keys(one.key_or_group, one.value())}
+    given = given_keys(overrides)
     for task, smaller in config.tier.smaller.items():
         with open_dict(smaller):
             for key in list(smaller):
                 if f"tier.size.{key}" in given and f"tier.smaller.{task}.{key}" not in given:
                     del smaller[key]
-
-
-def _keys(key: str, value: Any) -> Iterator[str]:
-    """The keys that one override sets: several if its value is a dictionary."""
-    if not isinstance(value, dict):
-        yield key
-        return
-    for name, below in value.items():
-        yield from _keys(f"{key}.{name}", below)
 
 
 def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, TaskConfig]:
@@ -119,8 +111,15 @@ def size_of(config: BandConfig, task: str) -> SizeConfig:
     check_least(size, ("grid_every",), 1, "tier.size.")
     check_least(size, ("random", "tpe"), 0, "tier.size.")
     check_names("tier.size.seeds", size.seeds)
+    for key in ("start_lr", "start_weight_decay"):
+        _check_numbers(size, key, "tier.size.")
     check_names("tier.size.schedules", size.schedules, Schedule.__members__)
     return cast(SizeConfig, size)
+
+
+def _check_numbers(config: Any, key: str, prefix: str = "") -> None:
+    check_names(f"{prefix}{key}", OmegaConf.select(config, key))
+    check_least(config, (key,), 0, prefix)
 
 
 def check_names(key: str, names: Collection[Any], known: Collection[str] | None = None) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import functools
-import multiprocessing
-import signal
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from experiments.band.problems import Problem, problem_of
 from experiments.band.rows import Row, Run
 from experiments.band.search import tpe
 from experiments.band.table import Table
+from experiments.processes import pool_of
 
 _plan: Plan | None = None
 _table: Table | None = None
@@ -68,15 +67,8 @@ def _results(
         _prepare(plan, path)
         yield from map(_do, jobs)
         return
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(workers, _begin, (plan, path)) as pool:
+    with pool_of(workers, _prepare, (plan, path)) as pool:
         yield from pool.imap_unordered(_do, jobs)
-
-
-def _begin(plan: Plan, path: Path) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's, which ends the pool
-    torch.set_num_threads(1)
-    _prepare(plan, path)
 
 
 def _prepare(plan: Plan, path: Path) -> None:

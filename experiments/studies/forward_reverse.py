@@ -29,7 +29,7 @@ from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.forward_reverse_figure import forward_reverse_figure
 from experiments.studies.schema import ForwardReverseConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import check_at_most, save_numbers, settings_of, spread
 from experiments.tasks import Task
 
 Row = dict[str, Any]
@@ -168,6 +168,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         The findings.
     """
     settings = settings_of(config, ForwardReverseConfig)
+    check_at_most("horizons", min(settings.horizons), "compare_up_to", settings.compare_up_to)
     rows = list(tqdm(_measured(config, settings), desc="forward and reverse", disable=not progress))
     save_numbers(folder, rows)
     forward_reverse_figure(rows, folder.figure_file)

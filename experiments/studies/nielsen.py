@@ -300,7 +300,8 @@ def _of_cost(rows: Sequence[Row], kind: str) -> dict[str, Any]:
 def _sentences(
     joint: dict[str, Row], fixed: dict[str, float], lengths: dict[str, Any], costs: dict[str, Any]
 ) -> list[str]:
-    first, *_, last = lengths
+    steps = list(lengths)
+    first, last = steps[0], steps[-1]
     sentences = [
         f"On the training cost: λ = {row['lambda']:.3g} after {row['step']} steps when {name}, "
         f"C = {row['cost']:.3g}."

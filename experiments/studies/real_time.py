@@ -27,7 +27,7 @@ from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.real_time_figure import real_time_figure
 from experiments.studies.schema import RealTimeConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import check_at_most, save_numbers, settings_of, spread
 from experiments.studies.whole_trainings import move, visit
 from experiments.tasks import Task
 
@@ -188,6 +188,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         The findings.
     """
     settings = settings_of(config, RealTimeConfig)
+    check_at_most("every", max(settings.every), "steps", settings.steps)
     rows: list[Row] = []
     ends = 3 + len(settings.decays) * len(settings.every)
     bar = tqdm(total=ends * len(settings.seeds), desc="real time", disable=not progress)

@@ -255,15 +255,16 @@ def _minima(rows: Sequence[dict[str, Any]], penalty: str) -> list[int]:
 def _errors_of_slope(visits: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Errors of dE/dλ relative to the steepest slope of the run, first updates and later ones.
 
-    The first window starts from weights of zero, and its end is not yet a fixed point.
+    The first window starts from weights of zero, and its end is not yet a fixed point. Runs of
+    three updates or fewer have no later ones.
     """
-    errors: dict[bool, list[float]] = {True: [], False: []}
+    errors: dict[str, list[float]] = {}
     for visit in visits:
         run = [v for v in visits if (v["seed"], v["start"]) == (visit["seed"], visit["start"])]
         scale = max(abs(other["closed_form"]) for other in run)
         error = abs(visit["hypergradient"] - visit["closed_form"]) / scale
-        errors[visit["update"] < 3].append(error)
-    return {"first_three": max(errors[True]), "later": max(errors[False])}
+        errors.setdefault("first_three" if visit["update"] < 3 else "later", []).append(error)
+    return {when: max(found) for when, found in errors.items()}
 
 
 def _sentence(name: str, found: dict[str, Any]) -> str:

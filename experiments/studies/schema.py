@@ -1,7 +1,8 @@
 """The schema of the studies: one dataclass each, which `configs/experiment/<name>.yaml` chooses.
 
 `_target_` is the study's function `(config, folder, progress) -> summary`; `uses` names the groups
-of the training loop that it reads besides (`task`, …), and every other one is refused.
+of the training loop that it reads besides (`task`, …), and every other one is refused. A
+whole number, alone or in a list, is at least 1, but for `seeds` and where `least` says otherwise.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ class NielsenConfig:
 
     _target_: str = "experiments.studies.nielsen.run"
     uses: ClassVar[tuple[str, ...]] = ("task",)
+    least: ClassVar[dict[str, int]] = {"points": 2}
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
     hidden: int = 30
     steps: int = 150  # of one training; all of them are differentiated together
@@ -90,6 +92,7 @@ class InputsConfig:
     """One λ per input of linear models, and which inputs it switches off."""
 
     _target_: str = "experiments.studies.inputs.run"
+    least: ClassVar[dict[str, int]] = {"artificial": 0, "folds": 2}
     seeds: list[int] = field(  # splits; on 0 to 4 the settings were chosen
         default_factory=lambda: [5, 6, 7, 8, 9, 10, 11, 12]
     )
@@ -108,6 +111,7 @@ class MixingConfig:
 
     _target_: str = "experiments.studies.mixing.run"
     uses: ClassVar[tuple[str, ...]] = ("task",)
+    least: ClassVar[dict[str, int]] = {"update_every": 5}  # a window of the library
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights and batches
     attack: float = 0.1  # ε, as a fraction of the range of the pixels
     hidden: int = 64
@@ -128,6 +132,7 @@ class ConstraintSetConfig:
 
     _target_: str = "experiments.studies.constraint_set.run"
     uses: ClassVar[tuple[str, ...]] = ("task",)
+    least: ClassVar[dict[str, int]] = {"polish": 0}
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
     hidden: int = 16
     steps: int = 60  # T
@@ -143,6 +148,7 @@ class ForwardReverseConfig:
 
     _target_: str = "experiments.studies.forward_reverse.run"
     uses: ClassVar[tuple[str, ...]] = ("task",)
+    least: ClassVar[dict[str, int]] = {"limit": 0}
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of the split and the weights
     hidden: int = 30
     rate: float = 0.1  # η
@@ -198,6 +204,7 @@ class DropoutTaskConfig:
     """A perceptron with dropout on few images: what the two studies on it share."""
 
     uses: ClassVar[tuple[str, ...]] = ("task",)
+    least: ClassVar[dict[str, int]] = {"warm_up": 0}
     seeds: list[int] = field(default_factory=lambda: [0, 1, 2])  # of split, weights, batches, noise
     hidden: int = 64  # units in each of two layers
     steps: int = 800

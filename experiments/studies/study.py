@@ -16,6 +16,7 @@ import torch
 from hydra.utils import get_object
 from omegaconf import OmegaConf
 
+from experiments.config_errors import ConfigError
 from experiments.resuming import Interrupted
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
@@ -71,6 +72,25 @@ def settings_of(config: Config, kind: type[Settings]) -> Settings:
     settings = OmegaConf.to_object(config.study)
     assert isinstance(settings, kind)
     return settings
+
+
+def check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
+    """Refuse a size that does not fit another one, before any work.
+
+    Args:
+        name: of the one, without `study.`.
+        value: its own.
+        limit_name: of the other.
+        limit: the most that fits.
+
+    Raises:
+        ConfigError: if it is larger.
+    """
+    if value > limit:
+        raise ConfigError(
+            f"`study.{name}` does not fit `study.{limit_name}`. Got {value} and {limit}. Choose "
+            f"{limit} at most, or a larger `study.{limit_name}`."
+        )
 
 
 def save_numbers(folder: RunFolder, numbers: Sequence[Number]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from experiments.band import methods
-from experiments.band.__main__ import report
+from experiments.band.__main__ import main, report
 from experiments.band.config import load_band, load_tasks
 from experiments.band.plan import Plan
 from experiments.band.problems import Problem
@@ -30,6 +30,32 @@ def all_of(path, *overrides):
     plan, table = Plan(load_band(arguments), load_tasks(arguments)), Table(path / "rows.jsonl")
     do_all(plan, table, workers=1, progress=False)
     return plan, table
+
+
+@pytest.mark.parametrize(
+    "key",
+    ["tier.size.start_lr", "tier.size.start_weight_decay", "sgd.lr", "adamw.weight_decay"],
+)
+def test_values_that_no_run_can_have_are_refused_before_any_work(tmp_path, key):
+    with pytest.raises(ConfigError, match=rf"^`{key}` is empty"):
+        all_of(tmp_path, f"{key}=[]")
+    with pytest.raises(ConfigError, match=rf"^`{key}` is too small\. Got -1\.0\. Choose 0"):
+        all_of(tmp_path, f"{key}=[0.1,-1]")
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_the_help_names_every_tier(capsys):
+    assert main(["--help"]) == 0
+    assert "[tier=full|networks|quick]" in capsys.readouterr().out
+
+
+def test_every_task_that_is_offered_can_be_run():
+    with pytest.raises(ConfigError, match=r"^No task is called `zzz`\.") as caught:
+        load_band(["task=zzz"])
+    offered = str(caught.value).partition("Available: ")[2].rstrip(".").split(", ")
+    assert len(offered) > 15
+    for name in offered:
+        assert load_band([f"task={name}"]).task.name == name
 
 
 def without(name, monkeypatch):

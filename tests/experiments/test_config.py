@@ -79,7 +79,22 @@ ON_THE_COMMAND_LINE = {
     "run.evaluate_every=0": "`run.evaluate_every` is too small. Got 0. Choose 1 or more.",
     "run.epochs=-3": "`run.epochs` is too small. Got -3. Choose 1 or more.",
     "experiment=ridge run.threads=0": "`run.threads` is too small. Got 0. Choose 1 or more.",
-    "experiment=ridge study.seeds=[]": "`study.seeds` is empty. Name a seed: `study.seeds=[0]`.",
+    "experiment=ridge study.seeds=[]": "`study.seeds` is empty. Name at least one: "
+    "`study.seeds=[…]`.",
+    "experiment=mixing study.grid=[]": "`study.grid` is empty. Name at least one: "
+    "`study.grid=[…]`.",
+    "experiment=ridge study.updates=0": "`study.updates` is too small. Got 0. Choose 1 or more.",
+    "experiment=nielsen study.points=1": "`study.points` is too small. Got 1. Choose 2 or more.",
+    "experiment=nielsen study.long_steps=[3,0]": "`study.long_steps` is too small. Got 0. Choose 1 "
+    "or more.",
+    "study=ridge run.epochs=2": "command line: `study=ridge` alone lacks what its experiment "
+    "brings. Write `experiment=ridge` instead.",
+    "experiment=ridge study=nielsen": "command line: `study=nielsen` alone lacks what its "
+    "experiment brings. Write `experiment=nielsen` instead.",
+    "optimizer=adamw optimizer.betas=[0.9]": "`optimizer.betas` must be two numbers. Got [0.9]. "
+    "Write `optimizer.betas=[…,…]`.",
+    "optimizer=adamw optimizer.betas=[0.9,0.99,0.999]": "`optimizer.betas` must be two numbers. "
+    "Got [0.9, 0.99, 0.999]. Write `optimizer.betas=[…,…]`.",
     "optimizer.lr=nan": "`optimizer.lr` is no finite number. Got nan. Give it one.",
     "optimizer=adamw optimizer.betas=[0.9,inf]": "`optimizer.betas` is no finite number. Got inf. "
     "Give it one.",
@@ -139,6 +154,28 @@ def test_a_trapezoid_stays_for_four_epochs_or_four_fifths_of_a_shorter_run(epoch
     shares = [0.0, held / 2, held, (1 + held) / 2, 1.0]
     factors = [schedule_factor(Schedule.trapezoid, 1000, epochs, round(1000 * s)) for s in shares]
     assert factors == pytest.approx([1, 1, 1, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "experiment=self_tuning study.warm_up=0",
+        "experiment=inputs study.artificial=0",
+        "experiment=constraint_set study.polish=0",
+        "experiment=forward_reverse study.limit=0",
+        "experiment=schedules study.hidden=[]",
+        "experiment=ridge study.seeds=[0]",
+        "experiment=calibration study.epochs=null",
+    ],
+)
+def test_nothing_is_a_size_where_a_study_can_do_with_it(override):
+    load_config(override.split())
+
+
+def test_a_study_may_be_part_of_another_experiment(folder):
+    text = "defaults: [/without_training, {override /study: ridge}]\nrun: {experiment: x}"
+    write_experiment(folder, text)
+    assert load_config(["experiment=x"], folder).study.updates == 30
 
 
 def test_a_file_that_is_not_yaml_is_named_with_the_line(folder):

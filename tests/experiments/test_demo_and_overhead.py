@@ -1,12 +1,15 @@
 """The demo and the benchmark, made small: they run, and end with their line of JSON."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 
 from experiments import demo, overhead, overhead_engines
+from experiments.config_errors import ConfigError
 from experiments.figures import demo_figure
+from experiments.run_folder import RunFolder
 
 TINY = ["run.epochs=2", "run.batch_size=10", "task.train_size=100", "model.channels=[2]"]
 
@@ -17,6 +20,7 @@ def test_the_demo_ends_with_its_line_of_json(tmp_path, monkeypatch, capsys):
         monkeypatch.setattr(demo, name, getattr(demo, name)[:2])
     assert demo.main([*TINY, f"run.root={tmp_path}"]) == 0
     lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("demo, SmallCNN on digits: ") and lines[0].endswith("of 4 runs.")
     found = json.loads(lines[-1])
     assert list(found) == ["learned", "fixed", "grid_best", "cost_ratio"]
     assert found["cost_ratio"] > 1
@@ -43,6 +47,52 @@ def test_the_legend_of_the_engines_covers_no_curve_and_holds_for_every_panel():
     assert not any(legend.get_window_extent().overlaps(p.get_tightbbox()) for p in panels)
     colours = {(line.get_label(), line.get_color()) for p in panels for line in p.lines}
     assert len(colours) == len(names)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("optimizer.lr=0.1", "optimizer.lr"),
+        ("optimizer={weight_decay:0.1}", "optimizer.weight_decay"),
+        ("hyper=learn", "hyper"),
+        ("hyper.window=3", "hyper.window"),
+        ("run.name=mine", "run.name"),
+    ],
+)
+def test_what_the_demo_sets_itself_is_refused(override, key):
+    with pytest.raises(ConfigError, match=f"sets `{key}` itself.*`experiments.run`"):
+        demo.check_overrides([override])
+
+
+def test_what_the_demo_leaves_open_is_taken_and_a_study_is_refused():
+    demo.check_overrides(["optimizer=adamw", "optimizer.eps=1e-6", "run.seed=3"])
+    with pytest.raises(ConfigError, match="`ridge` is a study"):
+        demo.check_overrides(["experiment=ridge"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "folder"),
+    [
+        ([], "demo"),
+        (["experiment=digits"], "demo/digits"),
+        (["run.experiment=mine"], "demo/mine"),
+    ],
+)
+def test_the_runs_of_the_demo_have_a_folder_of_their_own(overrides, folder):
+    config = demo.config_at(demo.START, overrides)
+    assert RunFolder.of(config).path.parent == Path("runs", folder)
+
+
+def test_ctrl_c_in_the_grid_ends_the_demo_in_a_line(monkeypatch, capsys):
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run", lambda *_, **__: {})
+    monkeypatch.setattr(demo, "pool_of", stopped)
+    with pytest.raises(SystemExit) as caught:
+        demo.main([])
+    assert caught.value.code == 130
+    assert capsys.readouterr().err == "Stopped. The same command starts the demo again.\n"
 
 
 def test_the_grid_has_25_cells_and_holds_the_start():
@@ -143,6 +193,16 @@ def test_everything_is_timed_three_times_at_the_least(monkeypatch, seconds, roun
     plan = overhead_engines.Plan(horizons=(2,), counts=(1,), count_horizon=2, seconds=seconds)
     assert {point.ratio for point in overhead_engines.measure("MLP", bench, plan)} == {1.0}
     assert asked == [rounds, rounds]
+
+
+@pytest.mark.usefixtures("threads")
+def test_long_windows_are_timed_in_processes_of_their_own(monkeypatch):
+    monkeypatch.setattr(overhead_engines, "_windows", lambda *_: {"FirstOrder": None})
+    bench = overhead.Bench(overhead.MODELS["MLP"], torch.device("cpu"), 8)
+    plan = overhead_engines.Plan(horizons=(2,), counts=(), alone=2, seconds=0.0)
+    (point,) = overhead_engines.measure("MLP", bench, plan)
+    assert point[:4] == ("MLP", "FirstOrder", 2, 2)
+    assert point.milliseconds > 0 and point.ratio > 0 and point.states > 1
 
 
 def test_memory_is_counted_while_it_lives():

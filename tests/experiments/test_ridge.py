@@ -7,7 +7,7 @@ from sklearn.linear_model import Lasso, Ridge
 
 import hypertorch
 from experiments.proximal_sgd import ProximalSGD
-from experiments.studies.ridge import LASSO, RIDGE, error_and_slope, solve
+from experiments.studies.ridge import LASSO, RIDGE, _errors_of_slope, error_and_slope, solve
 from experiments.tables import diabetes
 
 
@@ -86,6 +86,13 @@ def test_the_closed_form_slope_is_that_of_the_curve(task, penalty):
     above, below = (error_and_slope(task, penalty, value + s)[0] for s in (step, -step))
     slope = error_and_slope(task, penalty, value)[1]
     assert slope == pytest.approx((above - below) / (2 * step), rel=1e-5)
+
+
+def test_a_run_of_few_updates_has_no_later_errors():
+    visit = {"seed": 0, "start": 0.1, "hypergradient": 1.5, "closed_form": 2.0}
+    visits = [{**visit, "update": k} for k in range(4)]
+    assert _errors_of_slope(visits[:2]) == {"first_three": 0.25}
+    assert _errors_of_slope(visits) == {"first_three": 0.25, "later": 0.25}
 
 
 def test_the_closed_form_of_ridge_is_scikit_learns(task):

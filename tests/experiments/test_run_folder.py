@@ -94,6 +94,19 @@ def test_an_interrupted_run_without_a_checkpoint_is_no_reason_to_delete_its_file
     assert files_of(folder) == before
 
 
+def test_another_choice_is_named_before_the_keys_that_come_with_it(tiny):
+    run(tiny("run.name=x"), progress=False)
+    with pytest.raises(ConfigError, match=r"settings: `hyper.name` is none there and learn here"):
+        run(tiny("run.name=x", "hyper=learn"), progress=False)
+
+
+def test_a_key_that_is_missing_is_said_to_be_not_set(tiny):
+    run(tiny("run.name=x", "hyper=learn", "~hyper.learn.weight_decay"), progress=False)
+    here = r"`hyper.learn.weight_decay` is not set there and shared here"
+    with pytest.raises(ConfigError, match=here):
+        run(tiny("run.name=x", "hyper=learn"), progress=False)
+
+
 def test_settings_that_end_a_run_in_an_error_do_not_keep_the_folder(tiny):
     with pytest.raises(ConfigError, match="batch_size"):
         run(tiny("run.batch_size=1000"), progress=False)

@@ -197,6 +197,22 @@ def test_a_study_leaves_its_folder_complete(tmp_path, capsys, name):
     assert str(folder.figure_file) in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides", "message"),
+    [
+        ("real_time", ["study.every=[2,9]"], "`study.every` does not fit `study.steps`. Got 9 and"),
+        ("forward_reverse", ["study.compare_up_to=2", "study.horizons=[3,4]"], "Got 3 and 2"),
+    ],
+)
+def test_sizes_that_do_not_fit_each_other_are_refused_before_any_work(
+    tmp_path, name, overrides, message
+):
+    config = load_config([f"experiment={name}", f"run.root={tmp_path}", *TINY[name], *overrides])
+    with pytest.raises(ConfigError, match=message):
+        run(config, progress=False)
+    assert not RunFolder.of(config).numbers_file.exists()
+
+
 def numbers_in(tree):
     """Yield every number of a tree of dicts and lists."""
     if isinstance(tree, dict):
