@@ -142,8 +142,9 @@ def from_any_start(
 
     Raises:
         ArgumentError: a loader is empty, `steps` is not a whole number of them, something else is
-            to be learned than η and λ, a scheduler with rates of its own is attached, a loss is no
-            finite scalar, or the outer criterion does not fit.
+            to be learned than η and λ, SGD's momentum or dampening are 1 or above, a scheduler with
+            rates of its own is attached, a loss is no finite scalar, or the outer criterion does
+            not fit.
         ArgumentTypeError: a criterion or `forward` cannot be called, a loader can be iterated only
             once, or a batch is not a pair `(x, y)` though there is no `forward`.
         UnsupportedError: the optimizer's decay goes through its second moment (Adam, RMSprop), or
