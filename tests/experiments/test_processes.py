@@ -11,7 +11,8 @@ import torch
 from experiments.processes import pool_of
 
 SLEEPERS = """
-import os, time
+import os, signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
 from experiments.exit_status import with_exit_status
 from experiments.processes import pool_of
 with with_exit_status(), pool_of(2, os.write, (1, b"ready ")) as pool:
