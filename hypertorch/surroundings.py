@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -58,38 +59,39 @@ class ModuleAttributes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._saved = [(module, dict(vars(module))) for module in model.modules()]
+        self._saved = [(module, _attributes(module)) for module in model.modules()]
         self._contents = [
             (held, held.copy())
             for _, before in self._saved
-            for name, held in before.items()
-            if type(held) in (list, dict) and name not in _REGISTRIES
+            for held in before.values()
+            if type(held) in (list, dict)
         ]
 
     def restore(self) -> None:
         """Let each module hold what it held, and lists and dictionaries hold what they did."""
         for module, before in self._saved:
-            present = vars(module)
-            kept = [name for name, value in present.items() if _is_kept(name, value)]
-            for name in kept:
+            kept = [(name, v) for name, v in _attributes(module).items() if _is_kept(v)]
+            for name, value in kept:
                 if name not in before:
-                    del present[name]
-                elif present[name] is not before[name]:
-                    present[name] = before[name]
+                    del vars(module)[name]
+                elif value is not before[name]:
+                    vars(module)[name] = before[name]
         for held, content in self._contents:
             held.clear()
             (held.extend if isinstance(held, list) else held.update)(content)
 
 
-#: What torch itself keeps in a module: parameters, buffers, submodules, hooks.
-_REGISTRIES = frozenset(vars(nn.Module()))
+#: What torch itself keeps in a module: parameters, buffers, submodules, hooks, the mode.
+_OF_TORCH = frozenset(vars(nn.Module()))
 
 
-def _is_kept(name: str, value: object) -> bool:
-    if isinstance(value, (int, float)):
-        return name != "training"
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    return {name: value for name, value in vars(module).items() if name not in _OF_TORCH}
+
+
+def _is_kept(value: object) -> bool:
     parts = value if isinstance(value, (tuple, list)) else (value,)
-    return any(isinstance(part, Tensor) for part in parts)
+    return isinstance(value, (int, float)) or any(isinstance(part, Tensor) for part in parts)
 
 
 class ModuleModes:
