@@ -60,10 +60,11 @@ def config_at(point: Point, overrides: Sequence[str], *more: str) -> Config:
         The configuration.
     """
     lr, decay = point
-    chosen = load_config(_with_experiment(overrides)).run.experiment
-    folder = chosen if chosen == DEMO else f"{DEMO}/{chosen}"  # of runs that are the demo's own
-    here = [f"optimizer.lr={lr}", f"optimizer.weight_decay={decay}", f"run.experiment={folder}"]
-    return load_config([*_with_experiment(overrides), *here, *more])
+    here = [f"optimizer.lr={lr}", f"optimizer.weight_decay={decay}"]
+    config = load_config([*_with_experiment(overrides), *here, *more])
+    if config.run.experiment != DEMO:
+        config.run.experiment = f"{DEMO}/{config.run.experiment}"  # runs that are the demo's own
+    return config
 
 
 def _with_experiment(overrides: Sequence[str]) -> list[str]:

@@ -140,6 +140,16 @@ class GatedSign(torch.optim.Optimizer):
         return [state[name] for name in names]
 
 
+#: Torch's optimizers that cannot step along a gradient alone, and what to use besides Adam.
+_NO_RULES: dict[type[torch.optim.Optimizer], tuple[str, str]] = {
+    torch.optim.LBFGS: (
+        "evaluates E again within a step",
+        "; or `HOAG`, for a problem at rest",
+    ),
+    torch.optim.SparseAdam: ("takes sparse gradients alone", ""),
+}
+
+
 def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer:
     """Return the outer rule for these ρ.
 
@@ -154,16 +164,12 @@ def new_rule(factory: OuterFactory, raws: list[Tensor]) -> torch.optim.Optimizer
             f"`outer` must return a torch optimizer for the raw tensors. Got {kind_of(rule)}. "
             "Pass functools.partial(torch.optim.Adam, lr=0.05)."
         )
-    if isinstance(rule, torch.optim.LBFGS):
-        raise UnsupportedError(
-            "`outer` cannot be LBFGS, which evaluates E again within a step. Use "
-            "functools.partial(torch.optim.Adam, lr=0.05); or `HOAG`, for a problem at rest."
-        )
-    if isinstance(rule, torch.optim.SparseAdam):
-        raise UnsupportedError(
-            "`outer` cannot be SparseAdam, which takes sparse gradients alone. Use "
-            "functools.partial(torch.optim.Adam, lr=0.05)."
-        )
+    for kind, (does, instead) in _NO_RULES.items():
+        if isinstance(rule, kind):
+            raise UnsupportedError(
+                f"`outer` cannot be {kind.__name__}, which {does}. Use "
+                f"functools.partial(torch.optim.Adam, lr=0.05){instead}."
+            )
     return rule
 
 

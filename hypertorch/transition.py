@@ -255,9 +255,9 @@ class PushForward:
         grads: Gradients,
         hyperparameters: Mapping[str, Hyperparameter],
     ) -> None:
-        parts = {place: _leaf(part) for place, part in state.parts().items()}
-        gradients = [None if g is None else _leaf(g) for g in grads]
-        values = {name: _leaf(h.value) for name, h in hyperparameters.items()}
+        parts = {place: leaf(part) for place, part in state.parts().items()}
+        gradients = [None if g is None else leaf(g) for g in grads]
+        values = {name: leaf(h.value) for name, h in hyperparameters.items()}
         inputs: dict[Any, Tensor] = {**parts, **by_place(gradients, "gradient"), **values}
         with torch.enable_grad(), all_at(hyperparameters, values):
             after = transition(state.replaced(parts), gradients).parts()
@@ -300,7 +300,8 @@ class PushForward:
         return {k: z for k, z in zip(self._probes, found, strict=True) if z is not None}
 
 
-def _leaf(tensor: Tensor) -> Tensor:
+def leaf(tensor: Tensor) -> Tensor:
+    """Return a tensor cut from its graph, to be differentiated in."""
     return tensor.detach().requires_grad_()
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..errors import check_number
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
-from ..transition import Linearised, vjp
+from ..transition import Linearised, leaf, vjp
 from .engine import (
     Carried,
     Engine,
@@ -250,7 +250,7 @@ class ReplayedWindow(LiveWindow):
         params = as_leaves(back.params, self.training.slots.params)
         loss = self._recording.loss_again(t, params)
         linearised = self._linearised(t, State(params, []), loss)
-        buffers = back.state(linearised.settled_grads()).map(_leaf).buffers
+        buffers = back.state(linearised.settled_grads()).map(leaf).buffers
         linearised = linearised.with_buffers(buffers)
         return _Ready(linearised.state, linearised.next_state(), [loss.detach()])
 
@@ -315,7 +315,7 @@ class ReplayedWindow(LiveWindow):
     def _from(self, state: State) -> _Ready:
         """Return no step yet, from leaves."""
         params = as_leaves(state.params, self.training.slots.params)
-        leaves = State(params, state.map(_leaf).buffers)
+        leaves = State(params, state.map(leaf).buffers)
         return _Ready(leaves, leaves, [])
 
     def _extend(self, steps: _Ready, t: int) -> None:
@@ -342,7 +342,3 @@ class ReplayedWindow(LiveWindow):
         self._stored.clear()
         self._module_buffers.clear()
         return None
-
-
-def _leaf(part: Tensor) -> Tensor:
-    return part.detach().requires_grad_()
