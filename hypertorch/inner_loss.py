@@ -95,6 +95,20 @@ class InnerLoss:
             self.loss.backward()
             self.has_gradients = True
 
+    def gradients(self) -> list[Tensor | None]:
+        """Return what the weights' `.grad` holds.
+
+        Raises:
+            WindowError: none holds anything.
+        """
+        grads = [p.grad for p in self.params]
+        if all(grad is None for grad in grads):
+            raise WindowError(
+                "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
+                "`loss.backward()` on a loss of this optimizer's model first."
+            )
+        return grads
+
     def value(self) -> Tensor | None:
         """Return the loss where it is a tensor that can be watched."""
         return self.loss if isinstance(self.loss, Tensor) else None

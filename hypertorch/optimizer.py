@@ -223,7 +223,7 @@ class HyperOptimizer(OptimizerWrapper):
         def make(loss: Tensor | None, grads: Gradients | None) -> None:
             inner.loss, inner.has_gradients = loss, True
             if grads is not None:
-                set_gradients(self._params(), grads)
+                set_gradients(inner.params, grads)
             self._plain_step(inner)
 
         if loop.engine.needs == "gradients":
@@ -235,7 +235,7 @@ class HyperOptimizer(OptimizerWrapper):
     def _plain_step(self, inner: InnerLoss) -> None:
         """w, buffers ← Φ(w, buffers), by the wrapped optimizer itself."""
         inner.backward()
-        grads = self._gradients()
+        grads = inner.gradients()
         if self._loop is None:
             self._wrapped_step()
         else:
@@ -245,7 +245,7 @@ class HyperOptimizer(OptimizerWrapper):
     def _refuse_or_warn(self, loop: OuterLoop, inner: InnerLoss) -> None:
         """Say what a step without a loss means where a window is open or due."""
         said = missing_loss(inner, loop.engine, loop.window, loop.is_window_open)
-        self._gradients()
+        inner.gradients()
         self._warn(said)
 
     def _warn(self, said: str | None) -> None:

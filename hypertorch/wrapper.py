@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 
-from .errors import WindowError
 from .state import params_of
 
 P = ParamSpec("P")
@@ -105,16 +104,6 @@ class OptimizerWrapper(torch.optim.Optimizer):
         """Call the wrapped step without its hooks: the wrapper's own step has run them."""
         step = type(self.optimizer).step
         getattr(step, "__wrapped__", step)(self.optimizer)
-
-    def _gradients(self) -> list[Tensor | None]:
-        """Return the gradients to step along, of which there must be one."""
-        grads = [p.grad for p in self._params()]
-        if all(grad is None for grad in grads):
-            raise WindowError(
-                "There is no gradient to step along. Pass the loss, `step(loss)`, or call "
-                "`loss.backward()` on a loss of this optimizer's model first."
-            )
-        return grads
 
     def __getstate__(self) -> dict[str, Any]:
         kept = {k: v for k, v in self.__dict__.items() if k not in self._transient}
