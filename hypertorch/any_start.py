@@ -26,7 +26,7 @@ from .arguments import check_pieces, whole
 from .calibration import calibrated_as, calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError, warn
-from .forgetting import shrinking_factors, start_weight_decay
+from .forgetting import is_decoupled, shrinking_factors, start_weight_decay
 from .hypergradients import Displacement, Engine, Implicit, PerHyperparameter
 from .hypergradients.linear_solvers import Lanczos
 from .kept_batches import (
@@ -97,8 +97,9 @@ def from_any_start(
     that knows rates instead of multiples is given `optimizer.param_groups[0]["lr"]` as its largest
     (OneCycleLR's `max_lr`); a rate written into a group by hand replaces what is learned.
 
-    An update comes every 100 steps, or as much less often as `OVERHEAD` asks for, at the end of a
-    period: in its first steps a run says little of where it will rest.
+    An update comes every 100 steps (60 to 100 in a run of fewer than 300), or as much less often as
+    `OVERHEAD` asks for, at the end of a period: in its first steps a run says little of where it
+    will rest.
 
     A trial may be too short to tell that η is too large: with a momentum of 0.9 training may blow
     up after twenty steps, or units die. After 20, 40 and 90 steps the run is looked at. If the loss
@@ -297,7 +298,7 @@ def _learned(options: dict[str, Any]) -> dict[str, Any]:
         UnsupportedError: one is to be learned finer than by param groups.
     """
     learn = options.pop("learn", ("lr", "weight_decay"))
-    names = {learn} if isinstance(learn, str) else set(learn)
+    names = {learn} if isinstance(learn, str) or not isinstance(learn, Iterable) else set(learn)
     if names != {"lr", "weight_decay"}:
         raise ArgumentError(
             "`from_any_start` learns `lr` and `weight_decay`, both and nothing else. "
@@ -328,8 +329,7 @@ def _engine(inner: "BatchLosses") -> Engine:
 
 def _rule(optimizer: torch.optim.Optimizer) -> OuterFactory:
     """Return how η and λ move."""
-    is_decoupled = any(group.get("decoupled_weight_decay") for group in optimizer.param_groups)
-    worth = NEGLIGIBLE if is_decoupled else 0.0
+    worth = NEGLIGIBLE if any(map(is_decoupled, optimizer.param_groups)) else 0.0
     return partial(GatedSign, max_step=MAX_STEPS, decay=DECAY, negligible=worth)
 
 
@@ -339,7 +339,7 @@ def _rhythm(options: Mapping[str, Any]) -> dict[str, Any]:
     if "update_every" not in options:
         return {"window": window, "update_every": max(every, window)}
     steps = options.get("steps_per_epoch") if every == "epoch" else every
-    return {"window": min(WINDOW, steps) if isinstance(steps, int) else WINDOW}
+    return {"window": min(WINDOW, max(1, steps)) if isinstance(steps, int) else WINDOW}
 
 
 def _period(steps: int, spent: float) -> int:

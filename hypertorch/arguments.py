@@ -268,9 +268,10 @@ def check_loss(loss: Any, what: str, has_graph: bool = True) -> None:
         )
 
 
-def group_params(param_group: Any) -> list[Tensor]:
-    """Return the tensors of a new param group."""
+def new_group(param_group: Any) -> tuple[dict[str, Any], list[Tensor]]:
+    """Return a new param group with a list of its parameters, and these without any names."""
     if not isinstance(param_group, dict) or "params" not in param_group:
         raise ArgumentTypeError("A param group must be a dict with the key `params`.")
     params = param_group["params"]
-    return [params] if isinstance(params, Tensor) else list(params)
+    params = [params] if isinstance(params, Tensor) else list(params)
+    return {**param_group, "params": params}, [p[1] if isinstance(p, tuple) else p for p in params]

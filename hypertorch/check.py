@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from .arguments import check_outer_loss
+from .errors import check_count, check_number
 from .functional import check_wrapped, closures, hypergradient
 from .hypergradients import Engine, FiniteDifferences, OuterLoss, Unroll
 from .hypergradients.finite_differences import within
@@ -162,6 +163,9 @@ def check_hypergradient(
     check_wrapped(optimizer)
     inner_losses = closures(inner_losses)
     check_outer_loss(outer_loss)
+    check_number("`step`", step, "above 0", lambda e: 0 < e < math.inf)
+    check_number("`rtol`", rtol, "at least 0", lambda r: r >= 0)
+    check_count("`entries`", entries)
     engine = engine or Unroll()
     optimizer.close()
     with _in_double(optimizer), one_batch(outer_loss):

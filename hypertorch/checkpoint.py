@@ -53,6 +53,17 @@ def check_checkpoint(
             _check_rule(own["rule"], rule)
 
 
+def load_outer_loss(outer_loss: Any, state: Any) -> None:
+    """Let an outer loss go on where its state was taken, if it has one.
+
+    Raises:
+        CheckpointError: a `ValidationLoss` cannot, and is left untouched.
+    """
+    load = getattr(outer_loss, "load_state_dict", None)
+    if load and state is not None:
+        load(state)
+
+
 def _check_buffers(key: Any, buffers: Mapping[str, Any], param: Tensor) -> None:
     for name, value in buffers.items():
         if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:

@@ -187,13 +187,13 @@ def raw_ends(bounds: tuple[float, float], constraint: Constraint, name: str) -> 
     """
     if not is_elementwise(constraint):
         raise ArgumentError(f"`{name}` takes no `bounds`: its numbers do not move one by one.")
-    ends = [to_raw(torch.tensor(b, dtype=torch.float64), constraint).item() for b in bounds]
-    if any(map(math.isnan, ends)):
-        lower, upper = bounds_of(constraint)
+    lower, upper = bounds_of(constraint)
+    if not lower <= bounds[0] < bounds[1] <= upper:
         raise ArgumentError(
             f"`bounds` of `{name}` reach beyond its set. Got {bounds}, and it lies between "
             f"{lower:g} and {upper:g}."
         )
+    ends = [to_raw(torch.as_tensor(b, dtype=torch.float64), constraint).item() for b in bounds]
     return min(ends), max(ends)
 
 

@@ -70,7 +70,7 @@ def tangents_of(x: Any) -> Tangents:
 Z = Sequence[Any]
 
 
-def _plus(a: Any, b: Any, factor: float = 1) -> Any:
+def _plus(a: Any, b: Any, factor: float) -> Any:
     """Return a + factor · b."""
     if a is None or b is None:
         return a if b is None else b * factor
@@ -111,7 +111,9 @@ def _addcmul(z: Z, out: Tensor, a: Any, x: Any, y: Any, *, value: float = 1) -> 
     return _plus_product(_plus_product(z[0], z[1], y, value), x, z[2], value)
 
 
-def _divide(z: Z, out: Tensor, x: Any, y: Any) -> Any:
+def _divide(z: Z, out: Tensor, x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        raise NoRule(f"div, rounding_mode={rounding_mode!r}")
     return _plus_product(z[0], out, z[1], -1) / y  # (z_x − out z_y) / y
 
 
@@ -123,14 +125,18 @@ def _power(z: Z, out: Tensor, x: Any, y: Any) -> Any:
 
 
 def _maximum(z: Z, out: Tensor, x: Any, y: Any) -> Any:
-    of_x, of_y = (0.0 if of is None else of for of in z)
+    of_x, of_y = (_like(of, out) for of in z)
     both = torch.where(x == y, (of_x + of_y) / 2, of_y)  # as torch has it
     return torch.where(x > y, of_x, both)
 
 
 def _where(z: Z, out: Tensor, condition: Tensor, x: Any, y: Any) -> Any:
-    of_x, of_y = (0.0 if of is None else of for of in z[1:])
-    return torch.where(condition, of_x, of_y)
+    return torch.where(condition, *(_like(of, out) for of in z[1:]))
+
+
+def _like(tangent: Any, out: Tensor) -> Tensor:
+    """Return a tangent as a tensor: a number would be taken for a float32."""
+    return tangent if isinstance(tangent, Tensor) else out.new_full((), tangent or 0.0)
 
 
 def _converted(z: Z, out: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -91,7 +91,7 @@ def start_weight_decay(
     epochs = steps / (steps_per_epoch or steps)
     own = [one for one, is_learned in zip(ones, decay.learned_in, strict=True) if is_learned]
     decay.bound((weakest * min(own), strongest * max(own)))
-    times = [TIMESCALES[_is_decoupled(group)] for group in optimizer.param_groups]
+    times = [TIMESCALES[is_decoupled(group)] for group in optimizer.param_groups]
     folds = [min(max(epochs / time, weakest), strongest) for time in times]
     found = list(map(min, map(operator.mul, ones, folds), _most(optimizer)))
     decay.start_at(found)
@@ -104,13 +104,14 @@ def _most(optimizer: HyperOptimizer) -> list[float]:
     found = list[float]()
     for group in optimizer.param_groups:
         matrices = [p.detach() for p in group["params"] if p.dim() > 1]
-        size = length(matrices) if _is_decoupled(group) else 0.0
+        size = length(matrices) if is_decoupled(group) else 0.0
         entries = sum(p.numel() for p in matrices)
         found.append(math.sqrt(entries) / (ROOM * size) if size else math.inf)
     return found
 
 
-def _is_decoupled(group: Mapping[str, Any]) -> bool:
+def is_decoupled(group: Mapping[str, Any]) -> bool:
+    """Whether the decay of a param group acts on the weights, not through the gradient."""
     return bool(group.get("decoupled_weight_decay"))
 
 

@@ -141,7 +141,8 @@ class Hyperparameter:
         """Return the dE/dλ of least norm that `pull_back` turns into dE/dρ = `gradient`.
 
         Element by element it is dE/dρ / c′(ρ), and 0 where c′(ρ) is 0 in floating point: there
-        `pull_back` returns 0 of anything. Where k numbers of λ depend on each other, on a simplex
+        `pull_back` returns 0 of anything. On a simplex whose numbers are 0 and 1 in floating point
+        it is NaN. Where k numbers of λ depend on each other, on a simplex
         of k values or in a matrix of k entries, it costs k vectors of ρ's size.
         """
         raw = self.raw.detach().requires_grad_()
@@ -242,7 +243,10 @@ def _as_tensor(value: Any, name: str) -> Tensor:
 
 def _is_pair(bounds: Any) -> bool:
     is_pair = isinstance(bounds, (tuple, list)) and len(bounds) == 2
-    return is_pair and all(isinstance(end, (numbers.Real, Tensor)) for end in bounds)
+    return is_pair and all(
+        end.numel() == 1 if isinstance(end, Tensor) else isinstance(end, numbers.Real)
+        for end in bounds
+    )
 
 
 def _brief(value: Tensor) -> str:

@@ -151,7 +151,7 @@ def checked(loss: OuterLoss, what: str, has_graph: bool = True) -> OuterLoss:
 
 
 def checked_outer(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> OuterLoss:
-    """Return E, which raises unless it returns what `engine` needs, and keeps the model's modes.
+    """Return E as a scalar, which raises unless `engine` can use it, and keeps the model's modes.
 
     What is computed after it, a step made again or `inner_loss`, is in training's modes then.
     """
@@ -159,7 +159,7 @@ def checked_outer(outer_loss: OuterLoss, engine: Engine, model: nn.Module) -> Ou
 
     def evaluate() -> Tensor:
         with keeping_modes(model):
-            return loss()
+            return loss().reshape(())
 
     return evaluate
 

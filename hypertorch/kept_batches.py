@@ -236,4 +236,6 @@ def examples(batch: Batch) -> int:
         batch[::-1] if is_pair(batch) else [dict(batch) if isinstance(batch, Mapping) else batch]
     )
     tensors = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor) and leaf.dim()]
+    if not tensors and isinstance(parts[0], Mapping):
+        return len(next(iter(parts[0].values())))  # of lists, which `forward` makes tensors of
     return len(tensors[0] if tensors else parts[0])

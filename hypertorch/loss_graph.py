@@ -107,7 +107,7 @@ def _nodes(loss: Tensor, ends: Set[Any] = frozenset()) -> set[Any]:
     return seen
 
 
-def explain(error: RuntimeError, in_closure: bool = False, has_loss: bool = True) -> NoReturn:
+def explain(error: RuntimeError, in_closure: bool, has_loss: bool) -> NoReturn:
     """Raise a step's error again, or say what to do about what torch says in its own words.
 
     Args:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import arguments
-from .checkpoint import check_checkpoint
+from .checkpoint import check_checkpoint, load_outer_loss
 from .dynamics import check_options, dynamics_of
 from .entries import dense
 from .errors import Diverged, warn
@@ -292,23 +292,22 @@ class HyperOptimizer(OptimizerWrapper):
 
         The open window is cut and the outer rule starts afresh.
         """
-        params = arguments.group_params(param_group)
+        group, params = arguments.new_group(param_group)
         Slots(self.model, params).check()
-        new = {**self.defaults, **param_group, "params": params}
+        new = {**self.defaults, **group, "params": params}
         check_options(type(self.optimizer).__name__, new)
         additions = self._groups.additions(new, self._loop is not None)
         if self._loop:
             self._loop.cut()
-        self.optimizer.add_param_group({**param_group, "params": params})
+        self.optimizer.add_param_group(group)
         (self._loop or self._groups).add_group(additions)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state of weights' optimizer and of everything learned.
 
         `state` and `param_groups` are the wrapped optimizer's, with η_t as `lr`, so that the bare
-        optimizer loads them too (a scheduler has a base of its own); `hypertorch` holds the rest. A
-        checkpoint inside a window cuts it there: the steps before count as constants, the outer
-        update comes at its time, and both runs, the one that is resumed too, then do the same.
+        optimizer loads them too (a scheduler has a base of its own); `hypertorch` holds the rest.
+        Inside a window it cuts that, here as there: the steps before count as constants.
         """
         if self._loop is None:
             return self.optimizer.state_dict()
@@ -327,8 +326,10 @@ class HyperOptimizer(OptimizerWrapper):
         """
         rule = self._loop.rule if self._loop else None
         check_checkpoint(state_dict, self.optimizer, self.hyperparameters, rule)
-        self.close()
         own = state_dict.get("hypertorch")
+        if self._loop and own:
+            load_outer_loss(self.outer_loss, own["outer_loss"])
+        self.close()
         load_optimizer(self.optimizer, {k: v for k, v in state_dict.items() if k != "hypertorch"})
         self._steps = own["steps"] if own else 0
         if self._loop is not None and own:

@@ -320,7 +320,7 @@ class OuterLoop:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on where `state_dict` was taken; the weights' optimizer is loaded before."""
+        """Go on where `state_dict` was taken; optimizer and outer loss are loaded before."""
         for name, h in self.hyperparameters.items():
             h.bound(state["bounds"][name])
             h.put(state["raw"][name])
@@ -330,9 +330,6 @@ class OuterLoop:
         self._carried = deepcopy(state["carried"])
         self.rule.load_state_dict(deepcopy(state["rule"]))
         self.safeguards.load_state_dict(state["safeguards"])
-        load = getattr(self.outer_loss, "load_state_dict", None)
-        if load and state["outer_loss"] is not None:
-            load(state["outer_loss"])
         self.get_ready()
 
     def __getstate__(self) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class LearnedGroups:
                 group["lr"] = 1.0
         self.publish()
 
-    def additions(self, group: Mapping[str, Any], is_learning: bool = True) -> dict[str, Setting]:
+    def additions(self, group: Mapping[str, Any], is_learning: bool) -> dict[str, Setting]:
         """Return what a new group adds to each setting, from the group's own values."""
         owner, shapes = type(self.optimizer).__name__, [p.shape for p in group["params"]]
         with silent_unless(is_learning):

@@ -74,8 +74,7 @@ class Setting(Hyperparameter):
 
     def _see_starts(self) -> None:
         """Set where each group's entries begin in λ, per tensor or per element."""
-        sizes = [sum(self._sizes(group)) for group in range(len(self.shapes))]
-        self._starts = list(accumulate(sizes, initial=0))
+        self._starts = list(accumulate(self._counts(), initial=0))
 
     def _learned(self, values: Sequence[float]) -> list[float]:
         return [v for v, is_learned in zip(values, self.learned_in, strict=True) if is_learned]
@@ -86,8 +85,7 @@ class Setting(Hyperparameter):
             return own[0]
         if self.is_scalar:
             return own
-        counts = [sum(self._sizes(group)) for group in range(len(values))]
-        return [v for value, n in zip(values, counts, strict=True) for v in [value] * n]
+        return [v for value, n in zip(values, self._counts(), strict=True) for v in [value] * n]
 
     def _sizes(self, group: int) -> list[int]:
         """How many entries of λ each tensor of `group` has."""
@@ -95,6 +93,10 @@ class Setting(Hyperparameter):
         if not self.learned_in[group]:
             return [0] * len(shapes)
         return [math.prod(shape) if each else 1 for shape in shapes]
+
+    def _counts(self) -> list[int]:
+        """How many entries of λ each group has, per tensor or per element."""
+        return [sum(self._sizes(group)) for group in range(len(self.shapes))]
 
     @property
     def is_scalar(self) -> bool:
@@ -128,8 +130,7 @@ class Setting(Hyperparameter):
         if self.is_scalar:
             own = value.expand(sum(self.learned_in))
         else:
-            counts = [sum(self._sizes(group)) for group in range(len(self.shapes))]
-            parts = zip(value.split(counts), self.learned_in, strict=True)
+            parts = zip(value.split(self._counts()), self.learned_in, strict=True)
             own = torch.stack([part.mean() for part, is_learned in parts if is_learned])
         if all(self.learned_in):
             return own

@@ -27,6 +27,12 @@ class ModuleBuffers:
             for name, buffer in module._buffers.items()
             if buffer is not None
         ]
+        self._missing = [
+            (module, name)
+            for module in model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is None
+        ]
 
     def values(self) -> list[Tensor]:
         """Return the copies."""
@@ -49,6 +55,8 @@ class ModuleBuffers:
             for module, name, buffer, version, value in self._saved:
                 (buffer.data if buffer._version == version else buffer).copy_(value)
                 module._buffers[name] = buffer
+        for module, name in self._missing:
+            module._buffers[name] = None
 
 
 class ModuleAttributes:
@@ -70,12 +78,13 @@ class ModuleAttributes:
     def restore(self) -> None:
         """Let each module hold what it held, and lists and dictionaries hold what they did."""
         for module, before in self._saved:
-            kept = [(name, v) for name, v in _attributes(module).items() if _is_kept(v)]
-            for name, value in kept:
-                if name not in before:
-                    del vars(module)[name]
-                elif value is not before[name]:
-                    vars(module)[name] = before[name]
+            now = _attributes(module)
+            for name in [name for name in now.keys() - before.keys() if _is_kept(now[name])]:
+                del vars(module)[name]
+            for name, value in before.items():
+                found = now.get(name)
+                if found is not value and (_is_kept(value) or _is_kept(found)):
+                    vars(module)[name] = value
         for held, content in self._contents:
             held.clear()
             (held.extend if isinstance(held, list) else held.update)(content)
@@ -90,8 +99,9 @@ def _attributes(module: nn.Module) -> dict[str, Any]:
 
 
 def _is_kept(value: object) -> bool:
+    is_plain = isinstance(value, (int, float)) or type(value) in (list, dict)
     parts = value if isinstance(value, (tuple, list)) else (value,)
-    return isinstance(value, (int, float)) or any(isinstance(part, Tensor) for part in parts)
+    return is_plain or any(isinstance(part, Tensor) for part in parts)
 
 
 class ModuleModes:

@@ -243,7 +243,7 @@ class _Search:
             moved = torch._foreach_sub(before, [p.detach() for p in params])
             pairs = [(p.grad, d) for p, d in zip(params, moved, strict=True) if p.grad is not None]
             gain = sum((g * d).sum(dtype=torch.float64).item() for g, d in pairs)
-        share = gain / abs(loss) if loss else 0.0
+        share = abs(gain / loss) if loss else 0.0
         if not (math.isfinite(share) and share > 0):
             return self.start
         rate = 10.0 ** round(math.log10(MODEST / share))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from .errors import ArgumentError, ArgumentTypeError, kind_of
+from .errors import ArgumentError, ArgumentTypeError, CheckpointError, kind_of
 from .surroundings import leaving_no_trace
 
 Batch = Any
@@ -143,21 +143,43 @@ class ValidationLoss:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state_dict` was taken: the pass is started again and skipped along."""
-        with leaving_no_trace(self.model):
-            self._replay(state["position"], state["pass_start"])
+        """Go on where `state_dict` was taken: the pass is started again and skipped along.
+
+        Raises:
+            CheckpointError: the loader is another one: it is shorter, or draws from more or fewer
+                generators. Nothing is changed then.
+        """
+        there, here = len(state["generators"]), self._states_of_generators()
+        if there != len(here):
+            raise CheckpointError(
+                f"The checkpoint's validation loader draws from {there} generators of its own, and "
+                f"this one from {len(here)}. Build the loader that wrote it."
+            )
+        position, pass_start = state["position"], state["pass_start"]
+        try:
+            with leaving_no_trace(self.model):
+                batches = self._replayed(position, pass_start)
+        except BaseException:
+            self._set_generators(here)
+            raise
+        self._batches, self._position, self._pass_start = batches, position, dict(pass_start)
         self._set_generators(state["generators"])  # others may draw from them too
         self._random = state["random"].cpu()
 
-    def _replay(self, position: int, pass_start: dict[str, Any]) -> None:
-        self._batches = None
+    def _replayed(self, position: int, pass_start: dict[str, Any]) -> Iterator[Batch] | None:
+        """Return a pass begun as that one was, and skipped along to the same batch."""
         self._set_generators(pass_start["loader"])
-        if position:
-            torch.set_rng_state(pass_start["torch"].cpu())
-            self._batches = self._new_pass()
-            for _ in range(position):
-                next(self._batches)
-        self._position, self._pass_start = position, dict(pass_start)
+        if not position:
+            return None
+        torch.set_rng_state(pass_start["torch"].cpu())
+        batches = iter(self.loader)
+        for drawn in range(position):
+            if next(batches, None) is None:
+                raise CheckpointError(
+                    f"The checkpoint was taken after {position} batches of a pass through the "
+                    f"validation loader, and this one has {drawn}. Build the loader that wrote it."
+                )
+        return batches
 
     def _set_generators(self, states: list[Tensor]) -> None:
         for generator, state in zip(generators_of(self.loader), states, strict=True):

@@ -541,7 +541,17 @@ ARGUMENTS = [
             "`bounds` of `alpha` must be a pair of numbers, (lower, upper), or None. "
             f"Got {bounds!r}.",
         )
-        for bounds in (3, (0.1,), ("0", "1"))
+        for bounds in (3, (0.1,), ("0", "1"), (0.0, torch.ones(2)))
+    ],
+    *[
+        value_error(
+            f"bounds {bounds} of what lies between 0 and 1",
+            lambda *_, bounds=bounds: Hyperparameter(
+                0.5, unit_interval, name="alpha", bounds=bounds
+            ),
+            f"`bounds` of `alpha` reach beyond its set. Got {bounds}, and it lies between 0 and 1.",
+        )
+        for bounds in ((-1.0, 0.5), (0.5, 2.0), (2.0, 3.0), (-2.0, -1.0))
     ],
     *[
         type_error(

@@ -422,6 +422,36 @@ USE = [
         lambda b, _: ValidationLoss(b.model, nn.functional.mse_loss, Unsized())(),
         "`loader` is empty. An outer loss needs validation data.",
     ),
+    *[
+        value_error(
+            f"a check with {name}={got!r}",
+            lambda b, wrapper, chosen={name: got}: check_hypergradient(
+                wrapper, [b.loss], b.loss, **chosen
+            ),
+            f"`{name}` must be {expected}. Got {got!r}.",
+            Bench.wrap,
+        )
+        for name, got, expected in (
+            ("step", 0.0, "above 0"),
+            ("step", "1e-6", "above 0"),
+            ("rtol", -1, "at least 0"),
+            ("entries", 0, "a whole number, at least 1"),
+        )
+    ],
+    *[
+        value_error(
+            f"a start that learns {got!r}",
+            start_anywhere(learn=got),
+            "`from_any_start` learns `lr` and `weight_decay`, both and nothing else. "
+            f"Got {got!r}. For more, use `HyperOptimizer` with `search_lr`.",
+        )
+        for got in (None, 5)
+    ],
+    value_error(
+        "a start with no steps between updates",
+        start_anywhere(update_every=0, outer_criterion=mse),
+        "`update_every` must be a whole number of steps, at least 1. Got 0.",
+    ),
     type_error(
         "a param group that is a list",
         lambda b, wrapper: wrapper.add_param_group(list(b.other.parameters())),

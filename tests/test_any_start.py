@@ -491,6 +491,25 @@ def test_batches_may_have_another_form(form):
     assert all(map(torch.equal, model.parameters(), expected.parameters()))
 
 
+def test_batches_of_lists_are_as_large_as_their_lists():
+    """They are made tensors of in `forward`; a dict of two has two keys, not two examples."""
+    costs = []
+    for kind in (torch.Tensor.clone, torch.Tensor.tolist):
+        model, (train, validation) = network(), loaders()
+        train, validation = (
+            [{"pixels": kind(x), "label": kind(y)} for x, y in loader]
+            for loader in (train, validation)
+        )
+        bare = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-3)
+
+        def of_lists(model, batch):
+            return model(torch.as_tensor(batch["pixels"])), torch.as_tensor(batch["label"])
+
+        chosen = {"steps": STEPS, "forward": of_lists}
+        costs.append(from_any_start(bare, model, cross_entropy, train, validation, **chosen).cost)
+    assert costs[0] == costs[1]
+
+
 def test_what_cannot_start_is_refused():
     model, (train, validation) = network(), loaders()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)

@@ -39,12 +39,13 @@ class Run:
     name: str = "SGD with momentum"
     options: dict[str, Any] = field(default_factory=dict)
     own_generator: bool = False
+    batch_size: int = 5
     model: nn.Module = field(default_factory=lambda: network(dropout=0.3))
     bad_step: int | None = None
 
     def __post_init__(self):
         generator = torch.Generator().manual_seed(11) if self.own_generator else None
-        self.loader = DataLoader(tensors(3, 2), batch_size=5, shuffle=True, generator=generator)
+        self.loader = DataLoader(tensors(3, 2), self.batch_size, shuffle=True, generator=generator)
         self.bare = built(self.name, self.model)
         chosen = {"window": 3, "update_every": 5} | self.options
         validation = ValidationLoss(self.model, mse, self.loader)
@@ -248,6 +249,24 @@ def test_a_rejected_checkpoint_does_not_stop_the_run_it_was_offered_to():
     torch.manual_seed(7)
     twin.go(4, 12)
     assert_identical(run.end(), twin.end())
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"batch_size": 15}, "after 3 batches of a pass through the validation loader, and this"),
+        ({"own_generator": True}, "draws from 0 generators of its own, and this one from 1"),
+    ],
+    ids=["fewer batches", "another generator"],
+)
+def test_a_checkpoint_of_another_validation_loader_is_rejected(other, said):
+    run, unlike = Run(), Run(**other)
+    run.go(0, 14)
+    unlike.go(0, 3)
+    before = unlike.end() | {"loader": copy.deepcopy(unlike.optimizer.outer_loss.state_dict())}
+    with pytest.raises(hypertorch.CheckpointError, match=said):
+        unlike.optimizer.load_state_dict(run.optimizer.state_dict())
+    assert_identical(unlike.end() | {"loader": unlike.optimizer.outer_loss.state_dict()}, before)
 
 
 def test_a_checkpoint_in_memory_is_not_changed_by_the_run_that_loads_it():

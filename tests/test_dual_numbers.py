@@ -93,6 +93,14 @@ def test_a_number_may_stand_for_the_tangent_of_a_vector() -> None:
     assert tangents_of(x + 1)["λ"] == 1.0
 
 
+def test_numbers_for_tangents_are_as_precise_as_the_values() -> None:
+    x, y = dual(X, {"λ": 0.1}), dual(Y, {"λ": 0.3})
+    for found in (torch.where(X > Y, x, y), torch.maximum(x, y)):
+        z = tangents_of(found)["λ"]
+        assert z.dtype == torch.float64
+        assert z.tolist() == [0.1 if a > b else 0.3 for a, b in zip(X, Y, strict=True)]
+
+
 def test_a_tangent_is_no_alias_of_a_value() -> None:
     """What is written to the values afterwards does not change a tangent."""
     values, a = X.clone(), dual(A, {"λ": 1.0})
@@ -122,8 +130,9 @@ def test_what_has_no_tangent_is_an_ordinary_tensor() -> None:
         lambda x: float(x[0]),
         lambda x: x.item(),
         lambda x: x.mul_(2),
+        lambda x: torch.div(x, 2, rounding_mode="floor"),
     ],
-    ids=["norm", "sum", "matmul", "flip", "index", "data", "float", "item", "in place"],
+    ids=["norm", "sum", "matmul", "flip", "index", "data", "float", "item", "in place", "floor"],
 )
 def test_what_is_not_pointwise_or_hides_a_tangent_is_refused(function) -> None:
     x = dual(torch.tensor([2.0]), {"λ": 1.0})

@@ -34,6 +34,33 @@ def two_groups(model, **defaults):
     return torch.optim.SGD(groups, lr=0.05, momentum=0.7, **defaults)
 
 
+@pytest.mark.parametrize(
+    "engine", [hypertorch.Unroll(), hypertorch.Replay(), hypertorch.FirstOrder()], ids=repr
+)
+def test_losses_of_one_entry_are_scalars(engine):
+    """A loss of shape (1,), as of a network with one output, is the scalar in it."""
+    (held_out,), found = batches(1, seed=5), []
+    for shape in ((), (1,)):
+        model, data = mlp(), batches(4)
+        optimizer = wrapped(
+            two_groups(model),
+            model,
+            outer_loss=lambda model=model, shape=shape: mse(
+                model(held_out[0]), held_out[1]
+            ).reshape(shape),
+            engine=engine,
+            window=2,
+            update_every=2,
+        )
+        for x, y in data:
+            optimizer.step(
+                lambda x=x, y=y, model=model, shape=shape: mse(model(x), y).reshape(shape)
+            )
+        assert optimizer.outer_loss_value.shape == ()
+        found.append(dict(optimizer.hypergradients))
+    assert_identical(found[1], found[0])
+
+
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 def test_a_learned_setting_has_as_many_numbers_as_was_asked_for(granularity):
     model = mlp()

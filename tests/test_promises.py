@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import operator
 import pickle
 import weakref
 from functools import partial
@@ -16,6 +17,7 @@ from support import (
     everything,
     is_open,
     learned,
+    mlp,
     mse,
     network,
     train,
@@ -284,6 +286,17 @@ def test_a_param_group_added_at_any_step_is_learned_as_the_others_are(steps):
     assert optimizer.hypergradients["lr"].shape == (2,)
     assert (optimizer.hypergradients["lr"] != 0).all()
     assert all((p != q).any() for p, q in zip(second, frozen, strict=True))
+
+
+def test_an_added_group_may_name_its_parameters():
+    model = mlp()
+    optimizer = wrapped(torch.optim.SGD(model[0].named_parameters(), lr=0.1), model, learn="lr")
+    optimizer.add_param_group({"params": model[2].named_parameters(prefix="2"), "lr": 0.02})
+    names = [group["param_names"] for group in optimizer.param_groups]
+    assert names == [["weight", "bias"], ["2.weight", "2.bias"]]
+    assert all(map(operator.is_, optimizer.param_groups[1]["params"], model[2].parameters()))
+    train(model, optimizer, batches(5))
+    assert optimizer.hypergradients["lr"].shape == (2,)
 
 
 def test_an_added_group_trains_as_the_bare_optimizer_trains_it():

@@ -48,6 +48,23 @@ def test_every_start_leads_to_the_same_decade(name):
     assert max(found) < 1.01 * min(found)
 
 
+def test_every_start_leads_to_the_same_rate_where_the_optimizer_maximizes():
+    found = []
+    for is_maximizing in (False, True):
+        for lr in (1e-6, 3e-5, 5.0):
+            model = network()
+            bare = torch.optim.SGD(model.parameters(), lr=lr, maximize=is_maximizing)
+            optimizer = HyperOptimizer(bare, model, outer_loss(model), learn="lr")
+
+            def gain(x: Tensor, y: Tensor, model: nn.Module = model) -> Tensor:
+                return -loss(model, x, y)
+
+            inner = gain if is_maximizing else partial(loss, model)
+            search_lr(optimizer, [partial(inner, x, y) for x, y in batches(8)])
+            found.append(optimizer.hyperparameters["lr"]().item())
+    assert max(found) < 1.01 * min(found)
+
+
 def test_it_is_better_than_its_neighbours_by_torchs_own_training():
     optimizer, _ = problem(1e-4, "SGD")
     search_lr(optimizer, [partial(loss, optimizer.model, x, y) for x, y in batches(8)])

@@ -408,6 +408,30 @@ def test_numbers_lists_and_dictionaries_that_a_model_keeps_are_trainings():
     assert model.terms is before[0] and model.sizes is before[1]
 
 
+class Resetting(nn.Linear):
+    """Takes its hidden state in training and drops it in eval mode; makes its lists anew."""
+
+    def __init__(self):
+        super().__init__(2, 1)
+        self.hidden, self.marks = torch.ones(()), {"mode": "none"}
+        self.register_buffer("scale", None)
+
+    def forward(self, x):
+        self.marks, self.terms = {"mode": str(self.training)}, []
+        self.scale = x.detach().square().mean()
+        if not self.training:
+            self.hidden = None
+        return super().forward(x)
+
+
+def test_what_a_pass_drops_or_makes_anew_is_as_before():
+    model = Resetting()
+    hidden, marks = model.hidden, model.marks
+    ValidationLoss(model, nn.functional.mse_loss, stateful_batches(1))()
+    assert model.hidden is hidden and model.marks is marks and marks == {"mode": "none"}
+    assert model.scale is None and not hasattr(model, "terms")
+
+
 def test_a_hidden_state_with_a_graph_that_is_used_up_is_named():
     model = Stateful(detaches=False)
     outer_loss = ValidationLoss(model, nn.functional.mse_loss, stateful_batches(1))

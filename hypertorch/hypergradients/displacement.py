@@ -199,10 +199,10 @@ def _share(setting: Setting, gradient: Gradients, moved: Sequence[Tensor]) -> Te
         is_learned = setting.learned_in[g]
         own = setting.of_group(g) if is_learned else []
         for number, _ in enumerate(shapes):
-            alpha, z = next(pairs)
-            if alpha is not None and is_learned:
+            adjoint, z = next(pairs)
+            if adjoint is not None and is_learned:
                 rate = own[number] if isinstance(own, list) else own
-                along = (alpha.to(z) * z).sum_to_size(rate.shape)
+                along = (adjoint.to(z) * z).sum_to_size(rate.shape)
                 rates.append(rate)
                 of_rates.append(along.to(rate) / rate.detach())
     (found,) = torch.autograd.grad(rates, setting.value, of_rates)

@@ -293,17 +293,14 @@ class TakenOnce:
 
     Args:
         outer_loss: E.
-        params: the last weights; those of an average with β are told by β.
         values: λ of all of them.
 
     Attributes:
         spared: how often it was wanted again.
     """
 
-    def __init__(
-        self, outer_loss: OuterLoss, params: Sequence[Tensor], values: Mapping[str, Tensor]
-    ) -> None:
-        self._outer_loss, self._params, self._values = outer_loss, params, values
+    def __init__(self, outer_loss: OuterLoss, values: Mapping[str, Tensor]) -> None:
+        self._outer_loss, self._values = outer_loss, values
         self._found: dict[float | None, tuple[Tensor, list[Tensor | None], dict[str, Tensor]]] = {}
         self.spared = 0
 
@@ -314,10 +311,7 @@ class TakenOnce:
     def gradient(
         self, params: Sequence[Tensor], values: Mapping[str, Tensor], average: float | None
     ) -> tuple[Tensor, list[Tensor | None], dict[str, Tensor]]:
-        """Return what `outer_gradient` does; at weights that are neither, it is computed anew."""
-        is_last = all(p is own for p, own in zip(params, self._params, strict=True))
-        if average is None and not is_last:
-            return outer_gradient(self._outer_loss, params, values)
+        """Return what `outer_gradient` does at the last weights, or at those of an average."""
         if average in self._found:
             self.spared += 1
         else:

@@ -19,7 +19,7 @@ class FiniteDifferences(Engine):
     """The hypergradient of a window by central differences, in float64.
 
     The error is O(ε²) where E is smooth in λ, plus rounding of about 1e-16 |E| / ε: with the
-    default ε about 1e-9 of E. Across a kink (a ReLU that switches, a sign that flips) it is wrong
+    default ε about 1e-10 of E. Across a kink (a ReLU that switches, a sign that flips) it is wrong
     by a finite amount. It needs closures, and float64 weights.
 
     λ_j is always moved inside its constraint: ε is at most half of its distance from the nearer
@@ -46,7 +46,7 @@ class FiniteDifferences(Engine):
         check_number("`step` of FiniteDifferences", step, "positive", lambda e: e > 0)
         if entries is not None:
             check_count("`entries` of FiniteDifferences", entries)
-        self.difference, self.entries = step, entries
+        self.step, self.entries = step, entries
 
     def check(self, training: Training) -> None:
         """Refuse weights or hyperparameters in less than float64.
@@ -71,7 +71,7 @@ class FiniteDifferences(Engine):
         return horizon * (2 + 2 * sum(len(spread(size, self.entries)) for size in sizes))
 
     def __repr__(self) -> str:
-        return f"FiniteDifferences(step={self.difference:g})"
+        return f"FiniteDifferences(step={self.step:g})"
 
 
 class DifferencedWindow(LiveWindow):
@@ -110,7 +110,7 @@ class DifferencedWindow(LiveWindow):
         found = torch.full_like(value, torch.nan)
         for j in spread(value.numel(), self._engine.entries):
             found.view(-1)[j] = central_difference(
-                self._recording, name, j, self._engine.difference, outer_loss
+                self._recording, name, j, self._engine.step, outer_loss
             )
         return found
 
@@ -123,7 +123,7 @@ def spread(size: int, entries: int | None) -> list[int]:
 
 
 def central_difference(
-    recording: Recording, name: str, j: int, difference: float, outer_loss: OuterLoss
+    recording: Recording, name: str, j: int, step: float, outer_loss: OuterLoss
 ) -> Tensor:
     """Return (E(λ + ε e_j) − E(λ − ε e_j)) / 2ε; the model is left with other weights.
 
@@ -131,7 +131,7 @@ def central_difference(
         recording: of the window.
         name: of the hyperparameter.
         j: the position in it, flattened.
-        difference: ε, at most half of what λ_j is away from a bound.
+        step: ε, at most half of what λ_j is away from a bound.
         outer_loss: computes E.
 
     Raises:
@@ -139,7 +139,7 @@ def central_difference(
     """
     h = recording.training.hyperparameters[name]
     value, ends = h.value.detach(), []
-    places = either_side(value.flatten()[j].item(), difference, h)
+    places = either_side(value.flatten()[j].item(), step, h)
     for place in places:
         moved = value.clone()
         moved.view(-1)[j] = place
@@ -149,13 +149,13 @@ def central_difference(
     return (ends[0] - ends[1]) / (places[0] - places[1])
 
 
-def either_side(number: float, difference: float, h: Hyperparameter) -> tuple[float, float]:
+def either_side(number: float, step: float, h: Hyperparameter) -> tuple[float, float]:
     """Return a number above λ_j and one below, both inside its constraint.
 
     Raises:
         UnsupportedError: there is none.
     """
-    epsilon, (lower, upper) = within(number, difference, h), bounds_of(h.constraint)
+    epsilon, (lower, upper) = within(number, step, h), bounds_of(h.constraint)
     above, below = number + epsilon, number - epsilon
     if not lower < below < above < upper:
         raise UnsupportedError(
@@ -165,10 +165,10 @@ def either_side(number: float, difference: float, h: Hyperparameter) -> tuple[fl
     return above, below
 
 
-def within(number: float, difference: float, h: Hyperparameter) -> float:
+def within(number: float, step: float, h: Hyperparameter) -> float:
     """Return the ε that is taken: at most half of what λ_j is away from a bound."""
     lower, upper = bounds_of(h.constraint)
     room = min(number - lower, upper - number)
     if math.isinf(room) and not isinstance(h.constraint, type(real)):
         room = abs(number) or math.inf
-    return min(difference, room / 2)
+    return min(step, room / 2)

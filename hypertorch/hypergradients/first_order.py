@@ -109,7 +109,7 @@ class FirstOrder(Engine):
         except NoRule as operation:
             raise UnsupportedError(
                 f"`FirstOrder` cannot differentiate {type(training.optimizer).__name__}: "
-                f"its Φ uses `{operation}`, which is not pointwise. Use `OneStep`, `Unroll` or "
+                f"its Φ uses `{operation}`, for which it has no rule. Use `OneStep`, `Unroll` or "
                 "`Replay`."
             ) from operation
 

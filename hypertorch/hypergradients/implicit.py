@@ -224,9 +224,9 @@ class Implicit(Engine):
             self._has_warned = True
             warn(
                 f"The linear system of `Implicit` ended at a residual of {found.residual:.2g}, "
-                f"above the tolerance, after {found.matvecs} products, and the hypergradient is as "
-                f"inexact. Give {self.solver!r} more `max_steps` or a larger `rtol`; with `rtol=0` "
-                "it makes `max_steps` steps, and this is not said."
+                f"above the tolerance, after {found.products} products, and the hypergradient is "
+                f"as inexact. Give {self.solver!r} more `max_steps` or a larger `rtol`; with "
+                "`rtol=0` it makes `max_steps` steps, and this is not said."
             )
         return found
 

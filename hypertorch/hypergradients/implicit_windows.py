@@ -107,11 +107,11 @@ class ImplicitWindow(Window):
             return loss, {n: torch.full_like(v, math.nan) for n, v in values.items()}
         found = self._engine.solve(system, rhs, self._adjoint)
         self._adjoint = found.value
-        self.unforeseen = 2.0 * (found.matvecs - self._engine.solver.max_steps)
+        self.unforeseen = 2.0 * (found.products - self._engine.solver.max_steps)
         self._engine.last = Report(
             residual=found.residual / (size or 1.0),
             converged=found.converged,
-            products=found.matvecs,
+            products=found.products,
             displacement=_displacement(present),
             gap=system.gap(found.value).item(),
         )

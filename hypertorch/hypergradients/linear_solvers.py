@@ -74,7 +74,7 @@ class LinearSolver(ABC):
         goal = max(self.rtol * norm(system.b), self.atol)
         v, r = self._iterate(system, v, r, goal)
         size = finite(norm(r), system)
-        return Solution(system.split(v), size, system.matvecs, size <= goal)
+        return Solution(system.split(v), size, system.products, size <= goal)
 
     @abstractmethod
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
@@ -234,7 +234,7 @@ class Lanczos(LinearSolver):
 
     def _iterate(self, system: System, v: Tensor, r: Tensor, goal: float) -> tuple[Tensor, Tensor]:
         b, size = system.b, norm(system.b)
-        if size <= goal or self.max_steps == 0 or size == 0:
+        if size <= goal or self.max_steps == 0:
             return torch.zeros_like(b), b
         space, image = b.new_empty(2, self.max_steps, len(b))  # Q and M Q, in rows
         torch.div(b, size, out=space[0])

@@ -23,13 +23,13 @@ class Solution:
     Attributes:
         value: v, in the shapes of the right-hand side, without a graph.
         residual: ‖b − M v‖₂ over all entries of all tensors, of this very `value`.
-        matvecs: products with M or Mᵀ that were asked for.
+        products: products with M or Mᵀ that were asked for.
         converged: whether `residual` is at most max(rtol ‖b‖₂, atol).
     """
 
     value: list[Tensor]
     residual: float
-    matvecs: int
+    products: int
     converged: bool
 
 
@@ -42,7 +42,7 @@ class System:
         self.matvec, self.transposed = matvec, transposed
         self.like = list(rhs)
         self.b = self.flat(rhs, "rhs")
-        self.matvecs = 0
+        self.products = 0
 
     def flat(self, tensors: Sequence[Tensor], name: str) -> Tensor:
         """Return the tensors as one vector, once their shapes are b's."""
@@ -61,7 +61,7 @@ class System:
 
     def times(self, v: Tensor) -> Tensor:
         """Return M v."""
-        self.matvecs += 1
+        self.products += 1
         return self.flat(self.matvec(self.split(v)), "matvec(v)")
 
     def times_transposed(self, v: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ class System:
                 "This solver needs `transposed`, the product with Mᵀ. Pass it, or use "
                 "`FixedPoint`, or for a symmetric positive definite M, `ConjugateGradient`."
             )
-        self.matvecs += 1
+        self.products += 1
         return self.flat(self.transposed(self.split(v)), "transposed(v)")
 
     def residual(self, v: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def finite(number: float, system: System) -> float:
     """Return the number, once it is one."""
     if not math.isfinite(number):
         raise SolverError(
-            f"The linear system gave {number} after {system.matvecs} products. The right-hand side "
-            "or the product with M is not finite: look at the losses that they come from."
+            f"The linear system gave {number} after {system.products} products. The right-hand "
+            "side or the product with M is not finite: look at the losses that they come from."
         )
     return number

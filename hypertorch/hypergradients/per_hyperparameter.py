@@ -172,7 +172,7 @@ class SharedWindow(LiveWindow):
         Raises:
             HypertorchError: what one of the engines raises.
         """
-        once = TakenOnce(outer_loss, self.params, self.training.values())
+        once = TakenOnce(outer_loss, self.training.values())
         found: dict[str, Tensor] = {}
         for window in self._windows.values():
             loss, own = window.hypergradient(once)

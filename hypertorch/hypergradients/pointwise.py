@@ -101,10 +101,12 @@ class Block:
     def take(self, apart: Mapping[Piece, PartTangents], params: Sequence[Tensor]) -> None:
         """Lay z of its pieces end to end, as vectors like those of `params`."""
         known, like = [apart.get(piece, {}) for piece in self.pieces], self.joined(params)
-        names = {(part, name) for parts in known for part, zs in parts.items() for name in zs}
+        names = {
+            (part, name) for parts in known for part, by_name in parts.items() for name in by_name
+        }
         for part, name in names:
-            zs = [torch.as_tensor(k.get(part, {}).get(name, 0.0)).to(like) for k in known]
-            spread = [z.expand(size) for z, size in zip(zs, self.sizes, strict=True)]
+            found = [torch.as_tensor(k.get(part, {}).get(name, 0.0)).to(like) for k in known]
+            spread = [z.expand(size) for z, size in zip(found, self.sizes, strict=True)]
             self.tangents.setdefault(part, {})[name] = torch.cat(spread)
 
 
@@ -190,9 +192,9 @@ class PointwiseTangents:
         for block in self.blocks:
             if all(gradient[piece.place] is None for piece in block.pieces):
                 continue
-            alpha = _filled(gradient, block)
+            adjoint = _filled(gradient, block)
             for name, z in block.tangents.get(part, {}).items():
-                _add_products(sums[name], self.settings[name], block, alpha, z)
+                _add_products(sums[name], self.settings[name], block, adjoint, z)
         return sums
 
     def close(self) -> None:
@@ -264,17 +266,17 @@ def _filled(gradient: Gradients, block: Block) -> Tensor:
     return flat[0] if len(flat) == 1 else torch.cat(flat)
 
 
-def _add_products(total: Tensor, setting: Setting, block: Block, alpha: Tensor, z: Any) -> None:
+def _add_products(total: Tensor, setting: Setting, block: Block, adjoint: Tensor, z: Any) -> None:
     """Add each α_i z_i to the number that weight i depends on."""
-    alpha = alpha.to(total)
-    z = torch.as_tensor(z).to(total).expand(alpha.shape)
+    adjoint = adjoint.to(total)
+    z = torch.as_tensor(z).to(total).expand(adjoint.shape)
     if setting.granularity == "shared":
-        total += torch.dot(alpha, z)
+        total += torch.dot(adjoint, z)
     elif setting.granularity == "group":
-        total[setting.entry_of_group(block.group)] += torch.dot(alpha, z)
+        total[setting.entry_of_group(block.group)] += torch.dot(adjoint, z)
     else:
         entries = setting.entries_of_tensors()
-        for piece, product in zip(block.pieces, block.split(alpha * z), strict=True):
+        for piece, product in zip(block.pieces, block.split(adjoint * z), strict=True):
             start = entries[piece.place]
             if setting.granularity == "tensor":
                 total[start] += product.sum()

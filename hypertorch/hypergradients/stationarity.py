@@ -192,7 +192,7 @@ class OfWeights(Stationarity):
 
     name = "M v = ∂_w E with M = ∂r/∂w, where r(w, λ) = 0 is where the weights rest"
 
-    def __init__(self, linearised: Linearised, holds_preconditioner: bool = False) -> None:
+    def __init__(self, linearised: Linearised, holds_preconditioner: bool) -> None:
         super().__init__(linearised)
         transition, params = linearised.transition, linearised.state.params
         settings, dynamics = transition.parameter_settings(), transition.dynamics

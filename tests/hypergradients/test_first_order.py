@@ -250,6 +250,33 @@ def test_a_step_that_mixes_weights_is_refused_by_name() -> None:
         problem.by(FirstOrder(), [partial(problem.inner, 0)], "lr")
 
 
+class LeakySGD(optim.SGD):
+    """SGD of which a param group keeps a list of factors."""
+
+    def __init__(self, params: Any, factors: list[float], **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            group["factors"] = factors
+
+    def step(self, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.data -= group["lr"] * sum(group["factors"]) * param.grad
+
+
+def leaky_sgd(param: Tensor, grad: Tensor, buffers: Any, *, lr: Any, factors: Any) -> Any:
+    """Φ of `LeakySGD`."""
+    return param - lr * sum(factors) * grad, buffers
+
+
+def test_an_option_may_be_a_list() -> None:
+    positive = {"lr": hypertorch.positive}
+    hypertorch.register_dynamics(LeakySGD, leaky_sgd, positive, flags={"factors": None})
+    problem = Problem(LeakySGD, {"lr": 0.1, "factors": [0.5, 0.25]})
+    losses = [partial(problem.inner, 0)]
+    assert_equal(problem.by(FirstOrder(), losses, "lr"), problem.by(Unroll(), losses, "lr"))
+
+
 @pytest.mark.parametrize("average", [-0.1, 1.0, 1, float("nan")])
 def test_an_average_that_never_forgets_is_refused(average: float) -> None:
     with pytest.raises(
