@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -104,8 +105,10 @@ def checked(config: DictConfig) -> Config:
             choice, one that the study does not use, or a value that `check_values` refuses.
     """
     check_keys(config)
+    _check_groups_have_a_choice(config, ["run"])
     _check_study_has_its_experiment(config)
     unused = _unused(config)
+    _check_groups_have_a_choice(config, sorted(set(TRAINING) - unused))
     missing = sorted(OmegaConf.missing_keys(config) - unused)
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
@@ -116,6 +119,13 @@ def checked(config: DictConfig) -> Config:
             )
     check_values(cast(Config, config))
     return cast(Config, config)
+
+
+def _check_groups_have_a_choice(config: DictConfig, groups: Iterable[str]) -> None:
+    """Refuse a group that `~` took away, though it may still hold what other groups set in it."""
+    for group in groups:
+        if not is_dataclass(OmegaConf.get_type(config, group)):
+            raise ConfigError(f"command line: `{group}` has no value. Give it one.")
 
 
 def _check_study_has_its_experiment(config: DictConfig) -> None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from omegaconf import ListConfig, OmegaConf
 
-from experiments.config_errors import ConfigError
+from experiments.config_errors import ConfigError, did_you_mean
 from experiments.schema import Config
 
 COUNTS = ("run.epochs", "run.evaluate_every", "run.checkpoint_every", "run.threads")
@@ -62,12 +62,50 @@ def check_least(config: Any, keys: Sequence[str], least: int, prefix: str = "") 
         ConfigError: for the first that is smaller.
     """
     for key in keys:
-        found = OmegaConf.select(config, key)
-        for value in found if isinstance(found, ListConfig) else [found]:
-            if value is not None and value < least:
-                raise ConfigError(
-                    f"`{prefix}{key}` is too small. Got {value}. Choose {least} or more."
-                )
+        _check_numbers(config, key, prefix, lambda value: value >= least, f"{least} or more")
+
+
+def check_positive(config: Any, keys: Sequence[str], prefix: str = "") -> None:
+    """Refuse what is not above 0, as numbers must be whose logarithm is taken.
+
+    Args:
+        config: an OmegaConf node; keys that it lacks and values of None are passed over.
+        keys: of numbers and of lists of them, dotted.
+        prefix: where the node sits in the whole, as `"tier.size."`.
+
+    Raises:
+        ConfigError: for the first that is 0 or below.
+    """
+    for key in keys:
+        _check_numbers(config, key, prefix, lambda value: value > 0, "a number above 0")
+
+
+def _check_numbers(
+    config: Any, key: str, prefix: str, is_possible: Callable[[float], bool], choice: str
+) -> None:
+    found = OmegaConf.select(config, key)
+    for value in found if isinstance(found, ListConfig) else [found]:
+        if value is not None and not is_possible(value):
+            raise ConfigError(f"`{prefix}{key}` is too small. Got {value}. Choose {choice}.")
+
+
+def check_names(key: str, names: Collection[Any], known: Collection[str] | None = None) -> None:
+    """Refuse an empty list, and a name in it that nothing has.
+
+    Args:
+        key: of the setting.
+        names: the list.
+        known: those there are; None takes all.
+
+    Raises:
+        ConfigError: if it is empty, or for the first such name.
+    """
+    if not names:
+        hint = f" Available: {', '.join(known)}." if known else ""
+        raise ConfigError(f"`{key}` is empty: there is nothing to run. Name at least one.{hint}")
+    for name in names:
+        if known is not None and name not in known:
+            raise ConfigError(f"`{key}`: there is no `{name}`.{did_you_mean(name, known)}")
 
 
 def make_folder(path: Path, key: str) -> None:

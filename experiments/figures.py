@@ -59,9 +59,9 @@ def plot_losses(axes: Axes, history: Sequence[Row], best_step: int) -> None:
         history: the rows of `metrics.csv`.
         best_step: the step with the best validation accuracy.
     """
-    steps = _column(history, "step")
-    validation = _column(history, "validation_loss")
-    _plot(axes, steps, _column(history, "train_loss"), TRAIN, "training (inner) loss")
+    steps = column(history, "step")
+    validation = column(history, "validation_loss")
+    _plot(axes, steps, column(history, "train_loss"), TRAIN, "training (inner) loss")
     _plot(axes, steps, validation, VALIDATION, "validation (outer) loss")
     axes.axvline(best_step, color="0.5", linestyle=":", label="best validation accuracy")
     axes.set_ylabel("cross-entropy (nats)")
@@ -77,12 +77,12 @@ def plot_hyperparameters(axes: Axes, history: Sequence[Row]) -> None:
         axes: where to draw.
         history: the rows of `metrics.csv`.
     """
-    steps = _column(history, "step")
+    steps = column(history, "step")
     lines = [("lr", LR, "learning rate η"), ("weight_decay", WEIGHT_DECAY, "weight decay λ")]
     others = [name for name in history[0] if name not in NOT_LEARNED]
     lines += [(name, colour, name) for name, colour in zip(others, OTHERS, strict=False)]
     for name, colour, label in lines:
-        values = _column(history, name)
+        values = column(history, name)
         _plot(axes, steps, np.where(values > 0, values, np.nan), colour, label)
     axes.set_yscale("log")
     axes.set_ylabel("value (log scale, no unit)")
@@ -137,8 +137,7 @@ def plot_grid(axes: Axes, grid: Mapping[tuple[float, float], float]) -> None:
     """
     lrs, decays = (sorted({point[i] for point in grid}) for i in (0, 1))
     percent = np.array([[100 * grid[lr, decay] for lr in lrs] for decay in decays])
-    edges = (_edges(lrs), _edges(decays))
-    mesh = axes.pcolormesh(*edges, percent, cmap="viridis", vmin=percent.min())
+    mesh = axes.pcolormesh(edges(lrs), edges(decays), percent, cmap="viridis", vmin=percent.min())
     for (lr, decay), accuracy in grid.items():
         dark = 100 * accuracy < (percent.min() + percent.max()) / 2
         axes.annotate(
@@ -181,11 +180,12 @@ def save_figure(figure: Figure, path: Path) -> None:
     Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
-def _column(history: Sequence[Row], name: str) -> np.ndarray:
-    return np.array([row[name] for row in history], dtype=float)
+def column(rows: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
+    """One number of each row, `(n,)`."""
+    return np.array([row[name] for row in rows], dtype=float)
 
 
-def _edges(values: Sequence[float]) -> np.ndarray:
+def edges(values: Sequence[float]) -> np.ndarray:
     """Borders half-way, in the logarithm, between equally spaced values."""
     logs = np.log(values)
     half = (logs[1] - logs[0]) / 2

@@ -8,7 +8,7 @@ import torch
 
 from experiments.config_errors import ConfigError
 from experiments.loaders import Examples
-from experiments.tasks import Task, with_label_noise
+from experiments.tasks import Task, check_sizes, with_label_noise
 
 
 def breast_cancer(
@@ -37,17 +37,19 @@ def breast_cancer(
         The task: inputs `(n, features)`, two classes.
 
     Raises:
-        ConfigError: if the sizes leave no test example, or the noise is no fraction.
+        ConfigError: for a size below 1, if the sizes leave no test example, or if the noise is no
+            fraction.
 
     References:
         Rahimi and Recht, Random features for large-scale kernel machines, 2007.
     """
     from sklearn.datasets import load_breast_cancer
 
+    check_sizes(features=features, train_size=train_size, validation_size=validation_size)
     bunch = load_breast_cancer()
     x, y = torch.from_numpy(bunch.data), torch.from_numpy(bunch.target).long()
     held = train_size + validation_size
-    if not 0 < held < len(y):
+    if held >= len(y):
         raise ConfigError(
             f"`task.train_size` and `task.validation_size` do not fit the data. Got {train_size} "
             f"and {validation_size}, and there are {len(y)} examples, some of them to test on."

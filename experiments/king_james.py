@@ -11,7 +11,7 @@ import torch
 
 from experiments.config_errors import ConfigError
 from experiments.loaders import Examples
-from experiments.tasks import Task
+from experiments.tasks import Task, check_sizes
 from experiments.whole_files import written_whole
 
 READER = "bible"  # of Debian's package bible-kjv; the package bible-kjv-text brings it and its data
@@ -44,8 +44,14 @@ def king_james(
 
     Raises:
         FileNotFoundError: if the text is neither there nor to be read from the Debian package.
-        ConfigError: if the sizes ask for more than there is.
+        ConfigError: for a size below 1, or if the sizes ask for more than there is.
     """
+    check_sizes(
+        context=context,
+        train_size=train_size,
+        validation_size=validation_size,
+        test_size=test_size,
+    )
     text = read_text(Path(root))
     characters = sorted(set(text))
     number = {character: i for i, character in enumerate(characters)}

@@ -88,3 +88,9 @@ class TensorLoader:
         self._position = position % len(self)
         if self._position == 0:
             self._epoch_start = self.generator.get_state()
+
+
+def endless(loader: TensorLoader) -> Iterator[Examples]:
+    """Its batches, epoch after epoch."""
+    while True:
+        yield from loader

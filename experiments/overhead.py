@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+import hypertorch
 from experiments.overhead_engines import Plan, Point, heading, row, save, sparse_ratios, targets
 from experiments.overhead_engines import measure as measure_engines
 from experiments.overhead_setups import MODELS, Bench, repeated, timings
@@ -48,7 +49,7 @@ def measure(
     Returns:
         A line for steps outside windows, and two for each horizon.
     """
-    windows = {("ours", k): bench.wrapped_window(k) for k in horizons}
+    windows = {("ours", k): bench.engine_window(hypertorch.Unroll(), k) for k in horizons}
     windows |= {("higher", k): bench.window_by_hand(k) for k in horizons}
     steps = {"bare": repeated(bench.plain_step(), block)}
     steps["ours"] = repeated(bench.wrapped_step(), block)

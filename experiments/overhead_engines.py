@@ -36,6 +36,7 @@ ENGINES: dict[str, tuple[hypertorch.Engine, bool]] = {
 }
 
 FEWEST, MOST = 3, 40  # how often everything is timed
+SPARSE, ROUNDS = 20, 60  # steps from one sparse update to the next, and how often these are timed
 
 
 class Point(NamedTuple):
@@ -133,7 +134,7 @@ def _windows(name: str, bench: Bench, horizon: int, plan: Plan) -> dict[str, Act
     """Return a window of each engine, and of other packages, as far as there is room for graphs."""
     has_room = horizon <= plan.longest_graph[name]
     own = {
-        engine: bench.engine_window(how, horizon, count=2)
+        engine: bench.engine_window(how, horizon)
         for engine, (how, keeps_graph) in ENGINES.items()
         if has_room or not keeps_graph
     }
@@ -193,22 +194,22 @@ def peak_bytes(action: Action, device: torch.device) -> int:
     return memory.peak
 
 
-def sparse_ratios(bench: Bench, update_every: int = 20, rounds: int = 60) -> dict[str, float]:
-    """The time of FirstOrder's steps at one update in `update_every`, over bare steps.
+def sparse_ratios(bench: Bench) -> dict[str, float]:
+    """The time of FirstOrder's steps at one update in twenty, over bare steps.
 
     By the outer loss's batch: as large as the inner one's, and a quarter of it.
     """
     engine, batches = hypertorch.FirstOrder(), (bench.batch, bench.batch // 4)
     actions = {
-        f"FirstOrder, one update in {update_every} steps, validation batch of {batch}": (
-            bench.sparse_updates(engine, update_every, batch)
+        f"FirstOrder, one update in {SPARSE} steps, validation batch of {batch}": (
+            bench.sparse_updates(engine, SPARSE, batch)
         )
         for batch in batches
     }
-    bare = repeated(bench.plain_step(), update_every)
+    bare = repeated(bench.plain_step(), SPARSE)
     for action in (bare, *actions.values()):
         action()
-    times = timings({"bare": bare, **actions}, rounds, bench.device)
+    times = timings({"bare": bare, **actions}, ROUNDS, bench.device)
     return {
         name: statistics.median(a / b for a, b in zip(times[name], times["bare"], strict=True))
         for name in actions

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import hypertorch
+from experiments.devices import synchronize
 from experiments.models import MLP, SmallCNN
 
 IMAGE, CLASSES, BATCH = (1, 28, 28), 10, 128
@@ -61,14 +62,6 @@ class Bench:
         """Inner and outer loss alike: the cost is the same."""
         return cross_entropy(model(self.x), self.y)
 
-    def wrapped(self, window: int, update_every: int) -> tuple[nn.Module, Any]:
-        """A fresh model, and a `HyperOptimizer` with its default engine and rule."""
-        model, optimizer = self.model_and_optimizer()
-        outer_loss = hypertorch.ValidationLoss(model, cross_entropy, [(self.x, self.y)])
-        return model, hypertorch.HyperOptimizer(
-            optimizer, model, outer_loss, window=window, update_every=update_every
-        )
-
     def plain_step(self) -> Action:
         """One step with the bare optimizer."""
         model, optimizer = self.model_and_optimizer()
@@ -83,21 +76,15 @@ class Bench:
 
     def wrapped_step(self) -> Action:
         """One step with a learning `HyperOptimizer`, outside windows."""
-        model, optimizer = self.wrapped(window=1, update_every=NEVER)
-        optimizer.step(self.loss(model))  # the only window
-        return lambda: optimizer.step(self.loss(model))
+        model, optimizer = self.model_and_optimizer()
+        outer_loss = hypertorch.ValidationLoss(model, cross_entropy, [(self.x, self.y)])
+        learning = hypertorch.HyperOptimizer(
+            optimizer, model, outer_loss, window=1, update_every=NEVER
+        )
+        learning.step(self.loss(model))  # the only window
+        return lambda: learning.step(self.loss(model))
 
-    def wrapped_window(self, horizon: int) -> Action:
-        """`horizon` steps, their hypergradients of lr and weight decay, and the outer update."""
-        model, optimizer = self.wrapped(window=horizon, update_every=horizon)
-
-        def window() -> None:
-            for _ in range(horizon):
-                optimizer.step(self.loss(model))
-
-        return window
-
-    def engine_window(self, engine: hypertorch.Engine, horizon: int, count: int) -> Action:
+    def engine_window(self, engine: hypertorch.Engine, horizon: int, count: int = 2) -> Action:
         """`horizon` steps and their hypergradients by `engine`, in one window after another.
 
         Args:
@@ -230,16 +217,11 @@ def _turns(names: list[Any], rounds: int) -> list[Any]:
 
 
 def _time(action: Action, device: torch.device) -> float:
-    _synchronize(device)
+    synchronize(device)
     started = time.perf_counter()
     action()
-    _synchronize(device)
+    synchronize(device)
     return time.perf_counter() - started
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def repeated(action: Action, times: int) -> Action:

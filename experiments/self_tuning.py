@@ -15,6 +15,8 @@ from torch.nn.functional import linear, softplus
 
 import hypertorch
 
+TRAIN_STEPS = 2  # on φ for each step on ρ
+
 
 class ResponseLinear(nn.Module):
     """A linear layer whose weights are an affine function of λ̂, of low rank (their eq. 12).
@@ -71,7 +73,7 @@ class SelfTuning:
     """Trains ŵ on perturbed hyperparameters, and moves ρ down E(ŵ(λ̂)) (their algorithm 1).
 
     ε ~ N(0, s²), one for each example of a batch, s = softplus of a learned number.
-        φ: `train_steps` times   C(ŵ(λ̂ + ε), c(ρ + ε))          on training batches
+        φ: twice                 C(ŵ(λ̂ + ε), c(ρ + ε))          on training batches
         ρ, s: once               E(ŵ(λ̂ + ε)) − τ Σ log(s √(2πe))  on a validation batch
 
     Nothing is differentiated in λ but ŵ, so λ may be a dropout rate or the strength of an
@@ -85,7 +87,6 @@ class SelfTuning:
         rate: of Adam on ρ and s.
         entropy_weight: τ.
         scale: s at the start, in ρ's units.
-        train_steps: steps on φ for each step on ρ.
         warm_up: steps on φ before ρ moves.
     """
 
@@ -99,12 +100,11 @@ class SelfTuning:
         rate: float,
         entropy_weight: float = 1e-3,
         scale: float = 0.5,
-        train_steps: int = 2,
         warm_up: int = 50,
     ) -> None:
         self.optimizer, self.hyperparameters = optimizer, dict(hyperparameters)
         self.inner_loss, self.outer_loss = inner_loss, outer_loss
-        self.entropy_weight, self.train_steps, self.warm_up = entropy_weight, train_steps, warm_up
+        self.entropy_weight, self.warm_up = entropy_weight, warm_up
         self.raws = [h.raw for h in hyperparameters.values()]
         self.start = torch.stack(self.raws).detach()  # ρ₀
         before = math.log(math.expm1(scale))
@@ -137,7 +137,7 @@ class SelfTuning:
         self.inner_loss(self).backward()
         self.optimizer.step()
         self.steps += 1
-        if self.steps > self.warm_up and self.steps % self.train_steps == 0:
+        if self.steps > self.warm_up and self.steps % TRAIN_STEPS == 0:
             self._tune()
 
     def _tune(self) -> None:
@@ -149,4 +149,3 @@ class SelfTuning:
         self.rule.step()
         for h in self.hyperparameters.values():
             h.clamp_()
-            h.refresh()

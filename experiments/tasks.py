@@ -238,6 +238,20 @@ def _take(
     )
 
 
+def check_sizes(**sizes: int) -> None:
+    """Refuse a part without examples, an example without numbers.
+
+    Args:
+        sizes: by the names of the settings.
+
+    Raises:
+        ConfigError: for the first that is below 1.
+    """
+    for name, size in sizes.items():
+        if size < 1:
+            raise ConfigError(f"`task.{name}` is too small. Got {size}. Choose 1 or more.")
+
+
 def with_label_noise(
     y: Tensor, fraction: float, classes: int, generator: torch.Generator
 ) -> Tensor:

@@ -13,9 +13,9 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from experiments.config_errors import ConfigError
+from experiments.devices import device_of, synchronize
 from experiments.evaluation import BestWeights, evaluate
-from experiments.loaders import Examples, TensorLoader
+from experiments.loaders import Examples, TensorLoader, endless
 from experiments.optimizers import (
     bare_optimizer,
     build,
@@ -52,7 +52,7 @@ class Trainer:
         progress: bool = False,
     ) -> None:
         self.config, self.folder = config, folder
-        self.device = _device(config.run.device)
+        self.device = device_of(config.run.device)
         if config.run.threads is not None:
             torch.set_num_threads(config.run.threads)
         torch.manual_seed(config.run.seed)
@@ -114,7 +114,7 @@ class Trainer:
 
     def _train(self) -> None:
         self.model.train()
-        batches = self._batches()
+        batches = endless(self.loader)
         with Interruption() as interruption:
             while self.step < self.steps:
                 self._train_until(self._next_evaluation(), batches, interruption)
@@ -135,7 +135,7 @@ class Trainer:
         started = time.perf_counter()
         while self.step < stop and not interruption.requested:
             self._train_step(next(batches))
-        _synchronize(self.device)
+        synchronize(self.device)
         self.seconds += time.perf_counter() - started
         if self.step == stop:
             self._evaluate()
@@ -146,10 +146,6 @@ class Trainer:
         training_step(self.optimizer, loss)
         self.scheduler.step()
         self.step += 1
-
-    def _batches(self) -> Iterator[Examples]:
-        while True:
-            yield from self.loader
 
     def _evaluate(self) -> None:
         loss, accuracy = evaluate(self.model, self.task.validation)
@@ -224,21 +220,3 @@ class Trainer:
         self.seconds = state["seconds"]
         self._loss_sum = state["loss_sum"]
         set_rng_states(state["rng"])
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros((), device=name).item()
-    except (RuntimeError, AssertionError) as error:  # the second without CUDA
-        reason = str(error).splitlines()[0].rstrip(".")
-        raise ConfigError(
-            f"`run.device` cannot be used here. Got `{name}`: {reason}. Choose `auto` or `cpu`."
-        ) from error
-    return torch.device(name)
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,11 +11,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from experiments.band.schema import CHOICES, NODES, BandConfig, SizeConfig, TaskConfig
 from experiments.config import CONFIG_FOLDER, composed, given_keys
 from experiments.config_errors import ConfigError, also_known, check_keys, did_you_mean
-from experiments.config_values import check_finite, check_least
+from experiments.config_values import check_finite, check_least, check_names, check_positive
 from experiments.schema import Schedule
 
 COUNTS = ("workers", "task.batch_size", "task.epochs", "task.evaluations", "task.together")
-BOXES = [f"{base}.{key}" for base in ("sgd", "adamw") for key in ("lr", "weight_decay")]
+BASES = ("sgd", "adamw")
 BAND_FOLDER = CONFIG_FOLDER / "band"
 
 
@@ -41,19 +40,22 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
             store.store(group=group, name=f"{choice}_schema", node=node)
     config = composed("band", overrides, folder)
     check_keys(config)
+    missing = sorted(OmegaConf.missing_keys(config))
+    if missing:
+        raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
     tasks = [path.stem for path in (folder / "task").glob("*.yaml")]
     for name in config.tier.smaller:
         if name not in tasks:
             unknown = f"`tier.smaller`: no task is called `{name}`."
             raise ConfigError(f"{unknown}{did_you_mean(name, tasks)}")
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
     _let_the_command_line_win(config, overrides)
     check_finite(config)
     check_least(config, COUNTS, 1)
-    for key in BOXES:
-        _check_numbers(config, key)
+    for base in BASES:
+        for key in (f"{base}.lr", f"{base}.weight_decay"):
+            check_names(key, OmegaConf.select(config, key))
+        check_positive(config, [f"{base}.lr"])
+        check_least(config, [f"{base}.weight_decay"], 0)
     return cast(BandConfig, config)
 
 
@@ -98,7 +100,8 @@ def size_of(config: BandConfig, task: str) -> SizeConfig:
         The size.
 
     Raises:
-        ConfigError: if `tier.smaller` has a key that `tier.size` has not, or a bad value.
+        ConfigError: if `tier.smaller` has a key that `tier.size` has not, for a bad value, and for
+            a λ of 0 at an end of a box that is drawn from in the logarithm.
     """
     smaller: Any = config.tier.smaller.get(task, {})
     for key in smaller:
@@ -112,30 +115,21 @@ def size_of(config: BandConfig, task: str) -> SizeConfig:
     check_least(size, ("random", "tpe"), 0, "tier.size.")
     check_names("tier.size.seeds", size.seeds)
     for key in ("start_lr", "start_weight_decay"):
-        _check_numbers(size, key, "tier.size.")
+        check_names(f"tier.size.{key}", OmegaConf.select(size, key))
+        check_positive(size, [key], "tier.size.")
     check_names("tier.size.schedules", size.schedules, Schedule.__members__)
+    if size.random or size.tpe:
+        _check_ends(config)
     return cast(SizeConfig, size)
 
 
-def _check_numbers(config: Any, key: str, prefix: str = "") -> None:
-    check_names(f"{prefix}{key}", OmegaConf.select(config, key))
-    check_least(config, (key,), 0, prefix)
-
-
-def check_names(key: str, names: Collection[Any], known: Collection[str] | None = None) -> None:
-    """Refuse an empty list, and a name in it that nothing has.
-
-    Args:
-        key: of the setting.
-        names: the list.
-        known: those there are; None takes all.
-
-    Raises:
-        ConfigError: if it is empty, or for the first such name.
-    """
-    if not names:
-        hint = f" Available: {', '.join(known)}." if known else ""
-        raise ConfigError(f"`{key}` is empty: there is nothing to run. Name at least one.{hint}")
-    for name in names:
-        if known is not None and name not in known:
-            raise ConfigError(f"`{key}`: there is no `{name}`.{did_you_mean(name, known)}")
+def _check_ends(config: BandConfig) -> None:
+    """Refuse a λ of 0 where random search and TPE begin or end; the grid alone may have one."""
+    for base in BASES:
+        decays: list[float] = list(getattr(config, base).weight_decay)
+        if not (decays[0] and decays[-1]):
+            raise ConfigError(
+                f"`{base}.weight_decay` begins or ends with 0, and searches draw between the "
+                f"logarithms of its ends. Got {decays}. Choose numbers above 0 there, or set "
+                "`tier.size.random=0` and `tier.size.tpe=0`."
+            )

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import hypertorch
-from experiments.band.config import check_names, size_of
+from experiments.band.config import BASES, size_of
 from experiments.band.methods import METHODS
 from experiments.band.rows import Run, digest, fingerprint
 from experiments.band.schema import BandConfig, GridConfig, TaskConfig
 from experiments.config_errors import ConfigError
+from experiments.config_values import check_names
 
 FIXED = "fixed"
-BASES = ("sgd", "adamw")
 ADAMW_DEFAULT = (1e-3, 1e-2)  # η and λ of torch.optim.AdamW
 
 

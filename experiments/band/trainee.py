@@ -25,6 +25,7 @@ from experiments.optimizers import (
 
 MOMENTUM = 0.9
 PLAIN_LR = 1e-3  # of the clock's own steps, whose result nobody uses
+CLOCK_SHARE = 0.05  # of a run's steps, that the clock repeats plainly
 
 
 def base_optimizer(
@@ -55,7 +56,8 @@ class Trainee:
         model: to be trained in place.
         optimizer: bare, or a `HyperOptimizer`.
         problem: task and seed.
-        schedule: constant, linear or cosine; a scheduler multiplies the learning rate by it.
+        schedule: constant, linear, cosine or trapezoid; a scheduler multiplies the learning rate
+            by it.
     """
 
     def __init__(
@@ -112,19 +114,17 @@ class PlainClock:
     Args:
         problem: task and seed.
         base: the plain optimizer.
-        share: of the run's steps that are repeated plainly.
     """
 
-    def __init__(self, problem: Problem, base: str, share: float = 0.05) -> None:
+    def __init__(self, problem: Problem, base: str) -> None:
         model = copy.deepcopy(problem.model()).train()
         optimizer = base_optimizer(base, model, PLAIN_LR, weight_decay=1e-4)
         self.trainee = Trainee(model, optimizer, problem, "constant")
-        self.share, self.seconds = share, 0.0
-        self._timed = 0
+        self.seconds, self._timed = 0.0, 0
 
     def run(self, batch: Examples, steps: int) -> None:
         """Train plainly on one batch for a share of the run's `steps` since the last call."""
-        count = max(2, round(self.share * steps))
+        count = max(2, round(CLOCK_SHARE * steps))
         started = time.perf_counter()
         for _ in range(count):
             self.trainee.step(batch)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 from experiments.band.evaluating import Checkpoints
@@ -15,7 +14,7 @@ from experiments.band.rows import Row, Run
 from experiments.band.trainee import PlainClock, Trainee
 from experiments.config_errors import ConfigError
 from experiments.evaluation import or_infinite
-from experiments.loaders import Examples
+from experiments.loaders import endless
 
 
 def train(problem: Problem, run: Run) -> Row:
@@ -73,7 +72,7 @@ class Loop:
     def run(self) -> None:
         """Train and evaluate."""
         self._evaluate()
-        batches, evaluated = self._batches(), 0
+        batches, evaluated = endless(self.problem.loader()), 0
         started = time.perf_counter()
         while self.step < self.problem.steps and self.is_finite:
             batch = next(batches)
@@ -84,11 +83,6 @@ class Loop:
                 self.clock.run(batch, self.step - evaluated)
                 self._evaluate()
                 evaluated, started = self.step, time.perf_counter()
-
-    def _batches(self) -> Iterator[Examples]:
-        loader = self.problem.loader()
-        while True:
-            yield from loader
 
     def _evaluate(self) -> None:
         with self.trainee.evaluated() as model:

@@ -12,7 +12,14 @@ from typing import Any
 import hypertorch
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
-from experiments.studies.dropout_comparison import compared, findings, grid, learned, reported
+from experiments.studies.dropout_comparison import (
+    check_starts,
+    compared,
+    findings,
+    grid,
+    learned,
+    reported,
+)
 from experiments.studies.dropout_figure import dropout_figure
 from experiments.studies.dropout_task import Row, SelfTuned, Training
 from experiments.studies.schema import BlackBoxConfig
@@ -41,6 +48,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         The findings.
     """
     settings = settings_of(config, BlackBoxConfig)
+    check_starts(settings, LEARN)
     rows = compared(config, settings, _one_seed, progress)
     save_numbers(folder, rows)
     dropout_figure(rows, LEARN, METHODS, folder.figure_file)

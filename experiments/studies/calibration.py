@@ -13,10 +13,11 @@ from typing import Any
 
 from tqdm import tqdm
 
+from experiments.config_values import check_names
 from experiments.evaluation import or_infinite
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
-from experiments.studies.calibration_figure import calibration_figure
+from experiments.studies.calibration_figure import TITLES, calibration_figure
 from experiments.studies.calibration_trainings import (
     CRITERIA,
     Row,
@@ -26,7 +27,7 @@ from experiments.studies.calibration_trainings import (
     windows,
 )
 from experiments.studies.schema import CalibrationConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 
 #: What λ is picked by, and whether less of it is better. Test data are there for comparison alone.
 JUDGES = {
@@ -66,6 +67,9 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         The findings.
     """
     settings = settings_of(config, CalibrationConfig)
+    check_names("study.rates", settings.rates, TITLES)
+    for task, rates in settings.rates.items():
+        check_names(f"study.rates.{task}", rates)
     rows: list[Row] = []
     jobs = [(task, seed) for task in settings.rates for seed in settings.seeds]
     for task, seed in tqdm(jobs, desc="calibration", disable=not progress):
@@ -73,9 +77,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
     save_numbers(folder, rows)
     middle = {task: _middle(rates) for task, rates in settings.rates.items()}
     calibration_figure(rows, middle, folder.figure_file)
-    found = {
-        task: _findings([row for row in rows if row["task"] == task]) for task in settings.rates
-    }
+    found = {task: _findings(rows_of(rows, task=task)) for task in settings.rates}
     return {**found, "says": [line for task in found for line in _sentences(task, found[task])]}
 
 
@@ -86,7 +88,7 @@ def _one(task: str, seed: int, settings: CalibrationConfig) -> Iterator[Row]:
     yield from grid
     yield from (learned(problem, criterion) for criterion in CRITERIA)
     lr = _middle(rates)
-    best = picked([row for row in grid if row["lr"] == lr], "validation_accuracy")
+    best = picked(rows_of(grid, lr=lr), "validation_accuracy")
     for factor in settings.factors:
         decay = factor * best["weight_decay"]
         for row in windows(problem, lr, decay, settings.windows, settings.states):
@@ -97,19 +99,15 @@ def _middle(rates: Sequence[float]) -> float:
     return sorted(rates)[len(rates) // 2]
 
 
-def _of(rows: Sequence[Row], **columns: Any) -> list[Row]:
-    return [row for row in rows if all(row.get(name) == v for name, v in columns.items())]
-
-
 def _values(rows: Sequence[Row], name: str) -> list[Any]:
     return list(dict.fromkeys(row[name] for row in rows))
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, Any]:
-    grid = _of(rows, what="fixed")
+    grid = rows_of(rows, "fixed")
     choices = {
         judge: {
-            lr: [picked(_of(grid, lr=lr, seed=seed), judge) for seed in _values(grid, "seed")]
+            lr: [picked(rows_of(grid, lr=lr, seed=seed), judge) for seed in _values(grid, "seed")]
             for lr in _values(grid, "lr")
         }
         for judge in JUDGES
@@ -128,19 +126,19 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
         ),
         "learned": {
             name: {
-                column: spread([row[column] for row in _of(rows, what="learned", criterion=name)])
+                column: spread([row[column] for row in rows_of(rows, "learned", criterion=name)])
                 for column in ("lr", "weight_decay", "test_accuracy", "cost")
             }
             for name in CRITERIA
         },
         "probes": {
             f"{factor:g}": {
-                column: spread([row[column] for row in _of(rows, what="probe", factor=factor)])
+                column: spread([row[column] for row in rows_of(rows, "probe", factor=factor)])
                 for column in ("weight_decay", "validation_accuracy", "test_accuracy")
             }
-            for factor in _values(_of(rows, what="probe"), "factor")
+            for factor in _values(rows_of(rows, "probe"), "factor")
         },
-        "windows": {name: _pushes(_of(rows, criterion=name)) for name in CRITERIA},
+        "windows": {name: _pushes(rows_of(rows, criterion=name)) for name in CRITERIA},
     }
 
 
@@ -160,13 +158,13 @@ def _picked(by_rate: dict[float, list[Row]]) -> dict[str, Any]:
 
 def _pushes(rows: Sequence[Row]) -> dict[str, Any]:
     """For each K how often the sign is right off the best λ, and how often λ is driven down."""
-    rows = _of(rows, what="window")
+    rows = rows_of(rows, "window")
     off = [row for row in rows if row["factor"] != 1]
     return {
         f"{length}": {
-            "right": _share(_of(off, window=length), lambda r: _down(r) == (r["factor"] > 1)),
+            "right": _share(rows_of(off, window=length), lambda r: _down(r) == (r["factor"] > 1)),
             "down": {
-                f"{factor:g}": _share(_of(rows, window=length, factor=factor), _down)
+                f"{factor:g}": _share(rows_of(rows, window=length, factor=factor), _down)
                 for factor in _values(rows, "factor")
             },
         }
@@ -180,7 +178,7 @@ def _down(row: Row) -> bool:
 
 def _share(rows: Sequence[Row], holds: Callable[[Row], bool]) -> dict[str, Any]:
     """The fraction of a seed's rows for which something holds, over the seeds."""
-    by_seed = [_of(rows, seed=seed) for seed in _values(rows, "seed")]
+    by_seed = [rows_of(rows, seed=seed) for seed in _values(rows, "seed")]
     return spread([statistics.fmean(map(holds, own)) for own in by_seed])
 
 

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.figures import save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 COLOURS = {"cross_entropy": "#d55e00", "calibrated": "#0072b2"}
@@ -37,16 +38,12 @@ def calibration_figure(rows: Rows, rates: Mapping[str, float], path: Path) -> No
         len(rates), 3, figsize=(17.5, 4.7 * len(rates)), layout="constrained", squeeze=False
     )
     for panels, (task, lr) in zip(axes, rates.items(), strict=True):
-        own = _of(rows, task=task)
-        _plot_losses(panels[0], _of(own, what="fixed", lr=lr))
+        own = rows_of(rows, task=task)
+        _plot_losses(panels[0], rows_of(own, "fixed", lr=lr))
         panels[0].set_title(f"{TITLES[task]}: validation, η = {lr:g}")
         _plot_accuracy(panels[1], own, lr)
-        _plot_windows(panels[2], _of(own, what="window"))
+        _plot_windows(panels[2], rows_of(own, "window"))
     save_figure(figure, path)
-
-
-def _of(rows: Rows, **columns: Any) -> Rows:
-    return [row for row in rows if all(row.get(name) == v for name, v in columns.items())]
 
 
 def _plot_losses(axes: Axes, rows: Rows) -> None:
@@ -63,7 +60,7 @@ def _plot_losses(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
-    grid = _of(rows, what="fixed", lr=lr)
+    grid = rows_of(rows, "fixed", lr=lr)
     losses = {name: list(_curves(grid, name)) for name in COLOURS}
     for seed, (decays, accuracies) in enumerate(_curves(grid, "test_accuracy")):
         label = f"fixed λ, η = {lr:g}; a line per seed" if seed == 0 else None
@@ -75,7 +72,7 @@ def _plot_accuracy(axes: Axes, rows: Rows, lr: float) -> None:
                 ls="none", zorder=4,
             )  # fmt: skip
     for name, colour in COLOURS.items():
-        own = _of(rows, what="learned", criterion=name)
+        own = rows_of(rows, "learned", criterion=name)
         axes.plot(
             [row["weight_decay"] for row in own], [100 * row["test_accuracy"] for row in own], "*",
             color=colour, mec="black", ms=12, ls="none", zorder=5,
@@ -99,7 +96,7 @@ def _plot_windows(axes: Axes, rows: Rows) -> None:
             shares = [
                 100 * np.mean([row["slope"] > 0 for row in own])
                 for factor in factors
-                for own in [_of(rows, criterion=name, window=length, factor=factor)]
+                for own in [rows_of(rows, criterion=name, window=length, factor=factor)]
             ]
             style = STYLES[number % len(STYLES)]
             label = f"{LABELS[name]}, K = {length}"
@@ -121,7 +118,7 @@ def _curves(rows: Rows, name: str) -> list[tuple[np.ndarray, np.ndarray]]:
     """λ and a column, for each seed; what is not finite counts as infinite."""
     found = []
     for seed in dict.fromkeys(row["seed"] for row in rows):
-        own = sorted(_of(rows, seed=seed), key=lambda row: row["weight_decay"])
+        own = sorted(rows_of(rows, seed=seed), key=lambda row: row["weight_decay"])
         decays, values = (np.array([r[c] for r in own], float) for c in ("weight_decay", name))
         found.append((decays, np.where(np.isfinite(values), values, np.inf)))
     return found

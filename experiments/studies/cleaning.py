@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from experiments.config_values import check_names
 from experiments.hyper_cleaning import (
+    DATA,
     START,
     Cleaned,
     Laboratory,
@@ -25,7 +27,7 @@ from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.cleaning_figure import LABELS, cleaning_figure
 from experiments.studies.schema import CleaningConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import check_one_each, rows_of, save_numbers, settings_of, spread
 
 Row = dict[str, Any]
 BINS = 20  # of the histogram of the weights
@@ -47,6 +49,8 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         FileNotFoundError, ModuleNotFoundError: none of the data sets is there.
     """
     settings = settings_of(config, CleaningConfig)
+    check_names("study.data", settings.data, DATA)
+    check_one_each("images", settings.images, settings.data)
     rows: list[Row] = []
     missing: dict[str, Exception] = {}
     images: dict[str, list[tuple[Tensor, str]]] = {}
@@ -131,10 +135,10 @@ def _lowest(laboratory: Laboratory, cleaned: Cleaned) -> list[tuple[Tensor, str]
 def _findings(rows: Sequence[Row], missing: dict[str, Exception]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name in dict.fromkeys(row["data"] for row in rows):
-        own = [row for row in rows if row["data"] == name]
+        own = rows_of(rows, data=name)
         found[name] = {}
         for what in dict.fromkeys(row["what"] for row in own if "accuracy" in row):
-            chosen = [row for row in own if row["what"] == what]
+            chosen = rows_of(own, what)
             columns = [column for column in ("accuracy", "closed", "f1") if column in chosen[0]]
             found[name][what] = {c: spread([row[c] for row in chosen]) for c in columns}
     says = [_sentence(name, what, scores) for name in found for what, scores in found[name].items()]

@@ -17,6 +17,7 @@ from matplotlib.gridspec import SubplotSpec
 from torch import Tensor
 
 from experiments.figures import save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 Images = Mapping[str, Sequence[tuple[Tensor, str]]]
@@ -58,7 +59,7 @@ def cleaning_figure(rows: Rows, images: Images, path: Path) -> None:
     figure = plt.figure(figsize=(15, 5.6 * count), layout="constrained")
     spaces = figure.add_gridspec(2 * count, 3, height_ratios=[3.6, 1] * count)
     for place, (name, shown) in enumerate(images.items()):
-        own = [row for row in rows if row["data"] == name]
+        own = rows_of(rows, data=name)
         panels = [figure.add_subplot(spaces[2 * place, column]) for column in range(3)]
         _plot_weights(panels[0], own)
         _plot_f1(panels[1], own)
@@ -77,12 +78,8 @@ def _titles(name: str) -> list[str]:
     ]
 
 
-def _of(rows: Rows, what: str) -> Rows:
-    return [row for row in rows if row["what"] == what]
-
-
 def _plot_weights(axes: Axes, rows: Rows) -> None:
-    histogram = _of(rows, "online: histogram")
+    histogram = rows_of(rows, "online: histogram")
     places = sorted({row["weight"] for row in histogram})
     width = places[1] - places[0]
     for corrupted, colour in ((0, CLEAN), (1, CORRUPTED)):
@@ -103,16 +100,19 @@ def _plot_weights(axes: Axes, rows: Rows) -> None:
 def _plot_f1(axes: Axes, rows: Rows) -> None:
     for way, colour in (("online", ONLINE), ("nested", NESTED)):
         for number, seed in enumerate(dict.fromkeys(row["seed"] for row in rows)):
-            trace = [row for row in _of(rows, f"{way}: trace") if row["seed"] == seed]
+            trace = rows_of(rows, f"{way}: trace", seed=seed)
             axes.plot(
                 [row["cost"] for row in trace], [row["f1"] for row in trace], "-o", ms=3,
                 color=colour, label=LABELS[way] if number == 0 else None,
             )  # fmt: skip
-    filtered = np.mean([row["f1"] for row in _of(rows, "filter")])
+    filtered = np.mean([row["f1"] for row in rows_of(rows, "filter")])
     axes.axhline(filtered, color="0.4", ls=":", label="filter by a network of validation images")
     axes.axhline(0.92, color="black", ls="--", lw=1, label="0.92: the paper, 5000 images of MNIST")
     low = min(
-        [0.9, *(row["f1"] for way in ("online", "nested") for row in _of(rows, f"{way}: trace"))]
+        [
+            0.9,
+            *(row["f1"] for way in ("online", "nested") for row in rows_of(rows, f"{way}: trace")),
+        ]
     )
     axes.set_ylim(low - 0.7 * (filtered - low), filtered + 0.2 * (filtered - low))
     axes.set_xscale("log")
@@ -125,7 +125,7 @@ def _plot_f1(axes: Axes, rows: Rows) -> None:
 
 def _plot_accuracies(axes: Axes, rows: Rows) -> None:
     colours = {"online": ONLINE, "nested": NESTED}
-    scores = {what: np.array([100 * r["accuracy"] for r in _of(rows, what)]) for what in BARS}
+    scores = {what: np.array([100 * r["accuracy"] for r in rows_of(rows, what)]) for what in BARS}
     for place, (what, values) in enumerate(scores.items()):
         axes.bar(place, values.mean(), 0.7, color=colours.get(what, OTHERS))
         axes.plot([place] * len(values), values, "o", color="black", ms=4)

@@ -28,7 +28,7 @@ from experiments.scheduled_sgd import ScheduledSGD
 from experiments.schema import Config
 from experiments.studies.constraint_set_figure import constraint_set_figure
 from experiments.studies.schema import ConstraintSetConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from experiments.studies.whole_trainings import Visit, visit
 from experiments.tasks import Task
 
@@ -243,14 +243,14 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 def _findings(rows: Sequence[Row], settings: ConstraintSetConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for box in BOXES:
-        own = [row for row in rows if row["box"] == box.name]
-        least = [row for row in own if row["what"] == "least"]
+        own = rows_of(rows, box=box.name)
+        least = rows_of(own, "least")
         of_box: dict[str, Any] = {
             "least": {n: spread([r[n] for r in least]) for n in (*NAMES, "E")}
         }
         for how in HOWS:
             for start in STARTS:
-                runs = _runs([r for r in own if (r.get("how"), r.get("start")) == (how, start)])
+                runs = _runs(rows_of(own, how=how, start=start))
                 reached = [_trainings_to(run, settings.target) for run in runs]
                 of_box[f"{how}, start {start}"] = {
                     "excess": spread([min(row["excess"] for row in run) for run in runs]),
@@ -262,9 +262,7 @@ def _findings(rows: Sequence[Row], settings: ConstraintSetConfig) -> dict[str, A
 
 
 def _runs(rows: Sequence[Row]) -> list[list[Row]]:
-    return [
-        [r for r in rows if r["seed"] == seed] for seed in dict.fromkeys(r["seed"] for r in rows)
-    ]
+    return [rows_of(rows, seed=seed) for seed in dict.fromkeys(r["seed"] for r in rows)]
 
 
 def _trainings_to(run: Sequence[Row], target: float) -> int:

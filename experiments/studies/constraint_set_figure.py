@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import ListedColormap, LogNorm
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 COLOURS = {
@@ -36,23 +37,19 @@ def constraint_set_figure(rows: Rows, path: Path) -> None:
     boxes = list(dict.fromkeys(row["box"] for row in rows))
     figure, axes = plt.subplots(len(boxes), 2, figsize=(14, 9), layout="constrained")
     for box, (surface, gaps) in zip(boxes, axes, strict=True):
-        own = [row for row in rows if row["box"] == box]
-        _plot_surface(surface, [row for row in own if row["seed"] == own[0]["seed"]])
+        own = rows_of(rows, box=box)
+        _plot_surface(surface, rows_of(own, seed=own[0]["seed"]))
         surface.set_title(f"Box whose best point lies {box}")
-        _plot_gaps(gaps, [row for row in own if row["what"] == "visit"])
+        _plot_gaps(gaps, rows_of(own, "visit"))
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
 def _plot_surface(axes: Axes, rows: Rows) -> None:
-    cells = [row for row in rows if row["what"] == "surface"]
+    cells = rows_of(rows, "surface")
     etas, mus = (sorted({row[name] for row in cells}) for name in ("eta", "mu"))
-    height = np.maximum(_column(cells, "excess").reshape(len(etas), len(mus)).T, 1e-3)
+    height = np.maximum(column(cells, "excess").reshape(len(etas), len(mus)).T, 1e-3)
     finite = height[np.isfinite(height)]
     greys = ListedColormap(plt.get_cmap("Greys")(np.linspace(0, 0.6, 256)))
     mesh = axes.pcolormesh(
@@ -63,14 +60,14 @@ def _plot_surface(axes: Axes, rows: Rows) -> None:
     axes.figure.colorbar(mesh, ax=axes, label=label, extend="both")
     for how, colour in COLOURS.items():
         for start, style in STYLES.items():
-            path = [r for r in rows if (r.get("how"), r.get("start")) == (how, start)]
-            best = np.minimum.accumulate(_column(path, "E")) == _column(path, "E")
+            path = rows_of(rows, how=how, start=start)
+            best = np.minimum.accumulate(column(path, "E")) == column(path, "E")
             kept = [row for row, is_best in zip(path, best, strict=True) if is_best]
             axes.plot(
-                _column(kept, "eta"), _column(kept, "mu"), style, marker="o", ms=4, color=colour,
+                column(kept, "eta"), column(kept, "mu"), style, marker="o", ms=4, color=colour,
                 mec="black", mew=0.5, label=f"{how}, start {start}",
             )  # fmt: skip
-    (least,) = (row for row in rows if row["what"] == "least")
+    (least,) = rows_of(rows, "least")
     axes.plot(
         least["eta"], least["mu"], "*", ms=18, color="#39ff14", mec="black", ls="none",
         label="least E (scipy's search)", clip_on=False, zorder=5,
@@ -81,11 +78,11 @@ def _plot_surface(axes: Axes, rows: Rows) -> None:
 def _plot_gaps(axes: Axes, rows: Rows) -> None:
     for how, colour in COLOURS.items():
         for start, style in STYLES.items():
-            own = [row for row in rows if (row["how"], row["start"]) == (how, start)]
+            own = rows_of(rows, how=how, start=start)
             for seed in dict.fromkeys(row["seed"] for row in own):
-                run = [row for row in own if row["seed"] == seed]
-                best = np.minimum.accumulate(np.nan_to_num(_column(run, "excess"), nan=np.inf))
-                axes.plot(_column(run, "training"), np.maximum(best, FLOOR), style, color=colour)
+                run = rows_of(own, seed=seed)
+                best = np.minimum.accumulate(np.nan_to_num(column(run, "excess"), nan=np.inf))
+                axes.plot(column(run, "training"), np.maximum(best, FLOOR), style, color=colour)
     axes.set(yscale="log", xlabel="trainings, each differentiated as a whole")
     axes.set_ylabel("E of the best so far, above the least E\n(nats, log scale)")
     axes.set_title("How far from the best; a line per seed")

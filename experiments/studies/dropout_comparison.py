@@ -12,8 +12,8 @@ from tqdm import tqdm
 from experiments.optimizers import build
 from experiments.schema import Config
 from experiments.studies.dropout_task import Row, SelfTuned, Training, trained
-from experiments.studies.schema import DropoutTaskConfig
-from experiments.studies.study import spread
+from experiments.studies.schema import BlackBoxConfig, DropoutTaskConfig, SelfTuningConfig
+from experiments.studies.study import check_one_each, rows_of, spread
 from experiments.tasks import Task
 
 SHOWN = {
@@ -22,6 +22,12 @@ SHOWN = {
     "weight_decay": "λ",
     "shift": "shift",
 }
+
+
+def check_starts(settings: SelfTuningConfig | BlackBoxConfig, learn: Sequence[str]) -> None:
+    """Refuse starts that are not one number for each of the hyperparameters."""
+    check_one_each("low", settings.low, learn)
+    check_one_each("high", settings.high, learn)
 
 
 def compared(
@@ -81,9 +87,9 @@ def learned(
 
 def best_of_grid(rows: Sequence[Row]) -> list[Row]:
     """For each seed, the point of the grid with the least validation loss."""
-    points = [row for row in rows if row["what"] == "grid"]
+    points = rows_of(rows, "grid")
     return [
-        min((r for r in points if r["seed"] == seed), key=lambda r: r["validation_loss"])
+        min(rows_of(points, seed=seed), key=lambda r: r["validation_loss"])
         for seed in dict.fromkeys(row["seed"] for row in points)
     ]
 
@@ -103,9 +109,10 @@ def findings(rows: Sequence[Row], learn: Sequence[str], methods: Mapping[str, st
     columns = ("test_loss", "test_accuracy", "validation_loss", "cost", "seconds", *learn)
     for method in methods:
         for start in ("",) if method == "grid" else ("low", "high"):
-            own = best_of_grid(rows) if method == "grid" else _of(rows, "run", method, start)
+            key = {"method": method, "start": start}
+            own = best_of_grid(rows) if method == "grid" else rows_of(rows, "run", **key)
             scores = {name: spread([row[name] for row in own]) for name in columns}
-            again = _of(rows, "again", method, start)
+            again = rows_of(rows, "again", **key)
             if again:
                 scores["again_test_loss"] = spread([row["test_loss"] for row in again])
             found[f"{method}, {start}".rstrip(", ")] = scores
@@ -113,11 +120,6 @@ def findings(rows: Sequence[Row], learn: Sequence[str], methods: Mapping[str, st
     found["grid"]["cost"] = spread([size * value for value in found["grid"]["cost"]["values"]])
     found["grid"]["size"] = size
     return {"found": found, "says": [_sentence(name, s, learn) for name, s in found.items()]}
-
-
-def _of(rows: Sequence[Row], what: str, method: str, start: str) -> list[Row]:
-    key = (what, method, start)
-    return [row for row in rows if (row["what"], row.get("method"), row.get("start")) == key]
 
 
 def _sentence(name: str, scores: dict[str, Any], learn: Sequence[str]) -> str:

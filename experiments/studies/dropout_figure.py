@@ -10,13 +10,13 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import NullLocator
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
 from experiments.studies.dropout_comparison import best_of_grid
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 COLOURS = ["#009e73", "#d55e00", "#0072b2"]  # of the methods that learn, in order
@@ -49,7 +49,7 @@ def dropout_figure(
     _plot_losses(axes[0, 0], rows, best, methods, colours)
     for panel, name in zip(axes.flat[1:], learn, strict=True):
         _plot_paths(panel, rows, name, methods, colours)
-        steps = max(row["step"] for row in rows if row["what"] == "trace")
+        steps = max(row["step"] for row in rows_of(rows, "trace"))
         values = [row[name] for row in best]
         panel.plot(
             [1.03 * steps] * len(values), values, "_", color="black", ms=16, mew=2.5,
@@ -75,16 +75,12 @@ def _plot_losses(
     for place, method in enumerate(methods):
         colour = colours.get(method, GREY)
         if method == "grid":
-            every = [row["test_loss"] for row in rows if row["what"] == "grid"]
+            every = [row["test_loss"] for row in rows_of(rows, "grid")]
             axes.plot([place] * len(every), every, ".", color="0.8", ms=5)
             axes.plot([place] * len(best), [row["test_loss"] for row in best], "o", color="black")
             continue
         for shift, start in ((-0.14, "low"), (0.14, "high")):
-            values = [
-                row["test_loss"]
-                for row in rows
-                if (row["what"], row.get("method"), row.get("start")) == ("run", method, start)
-            ]
+            values = [row["test_loss"] for row in rows_of(rows, "run", method=method, start=start)]
             axes.plot(
                 [place + shift] * len(values), values, MARKERS[start], color=colour, ms=8,
                 alpha=0.8,
@@ -115,15 +111,14 @@ def _plot_paths(
     methods: Mapping[str, str],
     colours: Mapping[str, str],
 ) -> None:
-    traces = [row for row in rows if row["what"] == "trace" and row["method"] in colours]
+    traces = [row for row in rows_of(rows, "trace") if row["method"] in colours]
     for method, colour in colours.items():
-        own = [row for row in traces if row["method"] == method]
+        own = rows_of(traces, method=method)
         runs = dict.fromkeys((row["seed"], row["start"]) for row in own)
         for number, (seed, start) in enumerate(runs):
-            trace = [row for row in own if (row["seed"], row["start"]) == (seed, start)]
+            trace = rows_of(own, seed=seed, start=start)
             axes.plot(
-                np.array([row["step"] for row in trace]),
-                np.array([row[name] for row in trace]),
+                column(trace, "step"), column(trace, name),
                 color=colour, lw=1.5, alpha=0.75, ls=LINES[start],
                 label=methods[method] if number == 0 else None,
             )  # fmt: skip

@@ -10,7 +10,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy, relu
 
 import hypertorch
 from experiments.evaluation import evaluate
-from experiments.loaders import Examples, TensorLoader
+from experiments.loaders import TensorLoader, endless
 from experiments.optimizers import close, cost_of, training_step
-from experiments.self_tuning import ResponseLinear, SelfTuning
+from experiments.self_tuning import TRAIN_STEPS, ResponseLinear, SelfTuning
 from experiments.studies.schema import DropoutTaskConfig
 from experiments.tasks import Task
 
@@ -260,18 +260,12 @@ class SelfTuned:
 
     def cost(self, steps: int) -> float:
         """2 for each step on φ, which has twice the weights, and for each step on λ."""
-        return 2.0 * (steps + max(0, steps - self.tuner.warm_up) / self.tuner.train_steps)
+        return 2.0 * (steps + max(0, steps - self.tuner.warm_up) / TRAIN_STEPS)
 
 
 def widths(task: Task, settings: DropoutTaskConfig) -> list[int]:
     """Pixels, hidden units twice, classes."""
     return [task.train.x[0].numel(), settings.hidden, settings.hidden, task.classes]
-
-
-def endless(loader: TensorLoader) -> Iterator[Examples]:
-    """Its batches, epoch after epoch."""
-    while True:
-        yield from loader
 
 
 def hyperparameters(

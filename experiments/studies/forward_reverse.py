@@ -29,7 +29,7 @@ from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.forward_reverse_figure import forward_reverse_figure
 from experiments.studies.schema import ForwardReverseConfig
-from experiments.studies.study import check_at_most, save_numbers, settings_of, spread
+from experiments.studies.study import check_at_most, rows_of, save_numbers, settings_of, spread
 from experiments.tasks import Task
 
 Row = dict[str, Any]
@@ -193,15 +193,15 @@ def _measured(config: Config, settings: ForwardReverseConfig) -> Iterator[Row]:
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, Any]:
-    compared = [row for row in rows if row["what"] == "agreement"]
+    compared = rows_of(rows, "agreement")
     cases = dict.fromkeys((row["units"], row["engine"]) for row in compared)
     agreement: dict[str, Any] = {}
     for units, engine in cases:
-        own = [r["error"] for r in compared if (r["units"], r["engine"]) == (units, engine)]
+        own = [r["error"] for r in rows_of(compared, units=units, engine=engine)]
         agreement.setdefault(units, {})[engine] = {**spread(own), "largest": max(own)}
     found: dict[str, Any] = {"agreement": agreement, "costs": {}}
     for what, axis in (("horizon", "steps"), ("count", "count")):
-        for row in (row for row in rows if row["what"] == what):
+        for row in rows_of(rows, what):
             by_engine = found["costs"].setdefault(f"{axis} {row[axis]}", {})
             by_engine[row["engine"]] = {k: row[k] for k in ("milliseconds", "ratio", "states")}
     return {**found, "says": _sentences(found)}

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 STYLES: dict[str, dict[str, Any]] = {
@@ -45,15 +46,15 @@ def forward_reverse_figure(rows: Rows, path: Path) -> None:
     """
     figure = plt.figure(figsize=(15, 8), layout="constrained")
     places = figure.add_gridspec(2, 3)
-    compared = _of(rows, "agreement")
+    compared = rows_of(rows, "agreement")
     for number, (units, title) in enumerate(TITLES.items()):
         axes = figure.add_subplot(places[number, 0])
-        _plot_agreement(axes, [row for row in compared if row["units"] == units])
+        _plot_agreement(axes, rows_of(compared, units=units))
         axes.set_title(title)
-    for column, (what, axis) in enumerate((("horizon", "steps"), ("count", "count")), start=1):
-        own = _of(rows, what)
+    for place, (what, axis) in enumerate((("horizon", "steps"), ("count", "count")), start=1):
+        own = rows_of(rows, what)
         for line, price in enumerate(("ratio", "states")):
-            _plot_costs(figure.add_subplot(places[line, column]), own, axis, price)
+            _plot_costs(figure.add_subplot(places[line, place]), own, axis, price)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     more, names = figure.axes[2].get_legend_handles_labels()
     known = dict(zip([*names, *labels], [*more, *handles], strict=True))
@@ -61,19 +62,11 @@ def forward_reverse_figure(rows: Rows, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _of(rows: Rows, what: str) -> Rows:
-    return [row for row in rows if row["what"] == what]
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
 def _plot_agreement(axes: Axes, rows: Rows) -> None:
     for engine in dict.fromkeys(row["engine"] for row in rows):
-        own = [row for row in rows if row["engine"] == engine]
+        own = rows_of(rows, engine=engine)
         steps = sorted({row["steps"] for row in own})
-        worst = [max(_column([r for r in own if r["steps"] == t], "error")) for t in steps]
+        worst = [max(column(rows_of(own, steps=t), "error")) for t in steps]
         axes.plot(steps, np.maximum(worst, 1e-17), **STYLES[engine], label=LABELS[engine])
     axes.axhline(np.finfo(float).eps, color="black", ls=":", lw=1)
     axes.text(steps[-1], 1e-17, "dotted: one rounding", ha="right", fontsize="small")
@@ -85,8 +78,8 @@ def _plot_agreement(axes: Axes, rows: Rows) -> None:
 
 def _plot_costs(axes: Axes, rows: Rows, axis: str, price: str) -> None:
     for engine in dict.fromkeys(row["engine"] for row in rows):
-        own = [row for row in rows if row["engine"] == engine]
-        axes.plot(_column(own, axis), _column(own, price), **STYLES[engine], label=LABELS[engine])
+        own = rows_of(rows, engine=engine)
+        axes.plot(column(own, axis), column(own, price), **STYLES[engine], label=LABELS[engine])
     units = {"ratio": "time (plain trainings of T steps)", "states": "peak memory (states)"}
     names = {"steps": "T: steps of training", "count": "m: numbers that are learned"}
     fixed = {

@@ -27,7 +27,7 @@ from experiments.studies.hoag_criterion import FORMULAS, ridge_criterion
 from experiments.studies.hoag_figure import hoag_figure
 from experiments.studies.hoag_problems import Copy, Problem, Truth, Values, problems
 from experiments.studies.schema import HOAGConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from hypertorch.bilevel import (
     Costs,
     NestedProblem,
@@ -236,13 +236,10 @@ def _reached(rows: Sequence[dict[str, Any]], target: float) -> dict[str, Any]:
     """
     found: dict[str, Any] = {}
     for problem in dict.fromkeys(row["problem"] for row in rows):
-        of_problem = [row for row in rows if row["problem"] == problem]
+        of_problem = rows_of(rows, problem=problem)
         for method in dict.fromkeys(row["method"] for row in of_problem):
-            mine = [row for row in of_problem if row["method"] == method]
-            runs = [
-                [row for row in mine if row["seed"] == seed]
-                for seed in dict.fromkeys(row["seed"] for row in mine)
-            ]
+            mine = rows_of(of_problem, method=method)
+            runs = [rows_of(mine, seed=seed) for seed in dict.fromkeys(row["seed"] for row in mine)]
             arrivals = [_arrival(run, target) for run in runs]
             found.setdefault(problem, {})[method] = {
                 unit: [None if row is None else row[unit] for row in arrivals]

@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from experiments.figures import save_figure
+from experiments.studies.study import rows_of
 
 STYLES: dict[str, dict[str, Any]] = {
     "HOAG, exact": {"color": "#56b4e9", "lw": 1.8, "ls": ":"},
@@ -48,7 +49,7 @@ def hoag_figure(rows: Sequence[dict[str, Any]], path: Path, target: float) -> No
         squeeze=False,
     )  # fmt: skip
     for column, problem in enumerate(problems):
-        mine = [row for row in rows if row["problem"] == problem]
+        mine = rows_of(rows, problem=problem)
         for panel, unit in zip(axes[:, column], ("seconds", "gradients"), strict=True):
             _plot(panel, mine, unit)
             panel.axhline(target, color="0.3", lw=0.8, label=f"target {target:g}")
@@ -69,7 +70,7 @@ def hoag_figure(rows: Sequence[dict[str, Any]], path: Path, target: float) -> No
 def _plot(axes: Axes, rows: Sequence[dict[str, Any]], unit: str) -> None:
     for method, style in STYLES.items():
         runs = [
-            [row for row in rows if (row["method"], row["seed"]) == (method, seed)]
+            rows_of(rows, method=method, seed=seed)
             for seed in dict.fromkeys(row["seed"] for row in rows)
         ]
         at = np.unique([row[unit] for run in runs for row in run])

@@ -34,7 +34,7 @@ from experiments.studies.inputs_problems import (
 from experiments.studies.inputs_rivals import BOUNDS, lasso, one_for_all, relevance
 from experiments.studies.inputs_truncated import truncated
 from experiments.studies.schema import InputsConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from hypertorch.bilevel import Iteration, exact
 
 Row = dict[str, Any]
@@ -82,7 +82,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         rows += [{"table": name, "seed": seed, **row} for row in found]
     save_numbers(folder, rows)
     inputs_figure(rows, folder.figure_file)
-    findings = {name: _findings([r for r in rows if r["table"] == name]) for name in LOADERS}
+    findings = {name: _findings(rows_of(rows, table=name)) for name in LOADERS}
     return {**findings, "says": [_sentence(name, found) for name, found in findings.items()]}
 
 
@@ -166,20 +166,15 @@ def _path(data: Table, splits: list[Split], path: Sequence[Iteration]) -> list[R
     return rows
 
 
-def _of(rows: Sequence[Row], what: str, **own: Any) -> list[Row]:
-    own["what"] = what
-    return [row for row in rows if all(row.get(key) == own[key] for key in own)]
-
-
 def _findings(rows: Sequence[Row]) -> dict[str, Any]:
-    methods = list(dict.fromkeys(row["method"] for row in _of(rows, "method")))
-    paths = _of(rows, "path")
+    methods = list(dict.fromkeys(row["method"] for row in rows_of(rows, "method")))
+    paths = rows_of(rows, "path")
     learned = list(dict.fromkeys(row["method"] for row in paths))
-    reference = [row["test_loss"] for row in _of(rows, "method", method=REFERENCE)]
-    cuts = _of(rows, "truncated")
+    reference = [row["test_loss"] for row in rows_of(rows, "method", method=REFERENCE)]
+    cuts = rows_of(rows, "truncated")
     return {
         "methods": {name: _method(rows, name, reference) for name in methods},
-        "paths": {name: _ends(_of(rows, "path", method=name)) for name in learned},
+        "paths": {name: _ends(rows_of(rows, "path", method=name)) for name in learned},
         "largest_error_of_slope": max(row["error_of_slope"] for row in paths),
         "largest_error_of_error": max(row["error_of_error"] for row in paths),
         "truncated": {
@@ -189,7 +184,7 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
                     "wrong_signs": spread([float(row["wrong_signs"]) for row in own]),
                 }
                 for steps in dict.fromkeys(row["steps"] for row in cuts)
-                for own in [_of(cuts, "truncated", engine=engine, steps=steps)]
+                for own in [rows_of(cuts, "truncated", engine=engine, steps=steps)]
             }
             for engine in dict.fromkeys(row["engine"] for row in cuts)
         },
@@ -198,7 +193,7 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _method(rows: Sequence[Row], name: str, reference: Sequence[float]) -> dict[str, Any]:
     """Its scores on test rows, and its inputs that are off: real ones, artificial ones."""
-    own, inputs = _of(rows, "method", method=name), _of(rows, "input", method=name)
+    own, inputs = rows_of(rows, "method", method=name), rows_of(rows, "input", method=name)
     losses = [row["test_loss"] for row in own]
     found = {
         "test_loss": spread(losses),
@@ -216,7 +211,7 @@ def _method(rows: Sequence[Row], name: str, reference: Sequence[float]) -> dict[
             ]
         )
     names = dict.fromkeys(row["input"] for row in inputs if not row["artificial"])
-    shares = {n: float(np.mean([r["off"] for r in inputs if r["input"] == n])) for n in names}
+    shares = {n: float(np.mean([r["off"] for r in rows_of(inputs, input=n)])) for n in names}
     found["off_in_every_split"] = [n for n, share in shares.items() if share == 1]
     found["on_in_every_split"] = [n for n, share in shares.items() if share == 0]
     return found
@@ -227,14 +222,14 @@ def _agreement(inputs: Sequence[Row]) -> float:
     same = [
         a["off"] == b["off"]
         for name in dict.fromkeys(row["input"] for row in inputs)
-        for a, b in itertools.combinations([r for r in inputs if r["input"] == name], 2)
+        for a, b in itertools.combinations(rows_of(inputs, input=name), 2)
     ]
     return float(np.mean(same)) if same else 1.0
 
 
 def _ends(path: Sequence[Row]) -> dict[str, Any]:
     """E and test loss where the paths begin and end, and the least test loss on the way."""
-    paths = [[r for r in path if r["seed"] == s] for s in dict.fromkeys(r["seed"] for r in path)]
+    paths = [rows_of(path, seed=s) for s in dict.fromkeys(r["seed"] for r in path)]
     found = {
         f"{name}_{place}": spread([rows[k][name] for rows in paths])
         for name in ("error", "test_loss")

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 TITLES = {"diabetes": "diabetes: ridge", "breast_cancer": "breast_cancer: logistic"}
@@ -44,7 +45,7 @@ def inputs_figure(rows: Rows, path: Path) -> None:
         width_ratios=[1.15, 1, 1.1, 1],
     )  # fmt: skip
     for panels, name in zip(axes, TITLES, strict=True):
-        own = [row for row in rows if row["table"] == name]
+        own = rows_of(rows, table=name)
         _plot_paths(panels[0], own, name)
         _plot_off(panels[1], own)
         _plot_overfitting(panels[2], own, UNITS[name])
@@ -54,23 +55,14 @@ def inputs_figure(rows: Rows, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _of(rows: Rows, what: str, **own: Any) -> Rows:
-    own["what"] = what
-    return [row for row in rows if all(row.get(key) == own[key] for key in own)]
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
 def _plot_paths(axes: Axes, rows: Rows, name: str) -> None:
     first = rows[0]["seed"]
-    inputs = _of(rows, "input", method=DRAWN, seed=first)
-    decays = _of(rows, "decay", method=DRAWN, seed=first)
+    inputs = rows_of(rows, "input", method=DRAWN, seed=first)
+    decays = rows_of(rows, "decay", method=DRAWN, seed=first)
     for end in inputs:
-        path = [row for row in decays if row["input"] == end["input"]]
+        path = rows_of(decays, input=end["input"])
         axes.plot(
-            _column(path, "step"), _column(path, "value"),
+            column(path, "step"), column(path, "value"),
             color=ARTIFICIAL if end["artificial"] else REAL, ls="--" if end["artificial"] else "-",
             lw=1.4, zorder=1 + end["artificial"],
         )  # fmt: skip
@@ -86,11 +78,14 @@ def _plot_paths(axes: Axes, rows: Rows, name: str) -> None:
 
 
 def _plot_off(axes: Axes, rows: Rows) -> None:
-    columns = {m: label for m, label in COLUMNS.items() if _of(rows, "method", method=m)}
-    inputs = _of(rows, "input", method=DRAWN, seed=rows[0]["seed"])
+    columns = {m: label for m, label in COLUMNS.items() if rows_of(rows, "method", method=m)}
+    inputs = rows_of(rows, "input", method=DRAWN, seed=rows[0]["seed"])
     shares = np.array(
         [
-            [_column(_of(rows, "input", method=m, input=i["input"]), "off").mean() for m in columns]
+            [
+                column(rows_of(rows, "input", method=m, input=i["input"]), "off").mean()
+                for m in columns
+            ]
             for i in inputs
         ]
     )
@@ -107,14 +102,14 @@ def _plot_overfitting(axes: Axes, rows: Rows, unit: str) -> None:
     """E and the test loss along the paths, less where they began: means; ends of each split."""
     largest = 0.0
     for method, colour in COLOURS.items():
-        path = _of(rows, "path", method=method)
-        runs = [[r for r in path if r["seed"] == s] for s in dict.fromkeys(r["seed"] for r in path)]
+        path = rows_of(rows, "path", method=method)
+        runs = [rows_of(path, seed=s) for s in dict.fromkeys(r["seed"] for r in path)]
         length = max(map(len, runs))
         for key, style, mark, label in (
             ("error", "-", "o", "E"),
             ("test_loss", "--", "D", "test"),
         ):
-            held = [_held(_column(run, key), length) for run in runs]
+            held = [_held(column(run, key), length) for run in runs]
             changes = np.array([values - values[0] for values in held])
             axes.plot(
                 changes.mean(0), color=colour, ls=style, lw=2.4, label=f"{label}; {NAMES[method]}"
@@ -146,9 +141,9 @@ def _held(values: np.ndarray, length: int) -> np.ndarray:
 
 def _plot_truncated(axes: Axes, rows: Rows) -> None:
     for engine, (colour, label) in ENGINES.items():
-        own = _of(rows, "truncated", engine=engine)
+        own = rows_of(rows, "truncated", engine=engine)
         steps = sorted({row["steps"] for row in own})
-        errors = [_column([r for r in own if r["steps"] == k], "error") for k in steps]
+        errors = [column(rows_of(own, steps=k), "error") for k in steps]
         axes.plot(steps, [np.median(e) for e in errors], color=colour, lw=2, label=label)
         for k, values in zip(steps, errors, strict=True):
             axes.plot([k] * len(values), values, "o", color=colour, ms=4, mfc="none")

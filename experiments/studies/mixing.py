@@ -18,14 +18,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypertorch
-from experiments.loaders import Examples, TensorLoader
+from experiments.loaders import Examples, TensorLoader, endless
 from experiments.models import MLP
 from experiments.optimizers import build, close, training_step
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.mixing_figure import mixing_figure
 from experiments.studies.schema import MixingConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from experiments.tasks import Task
 
 Row = dict[str, Any]
@@ -128,16 +128,12 @@ class Training:
     def run(self) -> list[float]:
         """Train; return α, or its mean, before each step."""
         trace: list[float] = []
-        for numbers in itertools.islice(self._batches(), self.steps):
-            self.batch = numbers
+        for batch in itertools.islice(endless(self.loader), self.steps):
+            self.batch = batch.y
             trace.append(torch.as_tensor(self.value()).mean().item())
             training_step(self.optimizer, self.mixed_loss())
         close(self.optimizer)
         return trace
-
-    def _batches(self) -> Iterator[Tensor]:
-        while True:
-            yield from (numbers for _, numbers in self.loader)
 
     def scores(self) -> dict[str, float]:
         """Clean and robust accuracy on test data, and the objective on all three parts."""
@@ -221,7 +217,7 @@ def _first(examples: Examples, n: int) -> Examples:
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, Any]:
-    grid = [row for row in rows if row["what"] == "grid"]
+    grid = rows_of(rows, "grid")
     columns = [f"{name}_accuracy" for name in ("clean", "robust")]
     columns += ["alpha", "validation_objective", "test_objective"]
 
@@ -229,17 +225,17 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
         return {column: spread([row[column] for row in chosen]) for column in columns}
 
     bests = [
-        min((r for r in grid if r["seed"] == seed), key=lambda r: r["validation_objective"])
+        min(rows_of(grid, seed=seed), key=lambda r: r["validation_objective"])
         for seed in dict.fromkeys(row["seed"] for row in grid)
     ]
     learned = {
-        learn_on: summary([r for r in rows if r["what"] == "learned" and r["learn_on"] == learn_on])
+        learn_on: summary(rows_of(rows, "learned", learn_on=learn_on))
         for learn_on in ("training", "validation")
     }
     found = {
         **{f"learned_on_{learn_on}": scores for learn_on, scores in learned.items()},
         "grid": {
-            f"{alpha:g}": summary([row for row in grid if row["alpha"] == alpha])
+            f"{alpha:g}": summary(rows_of(grid, alpha=alpha))
             for alpha in dict.fromkeys(row["alpha"] for row in grid)
         },
         "grid_best_by_validation": summary(bests),
@@ -250,13 +246,11 @@ def _findings(rows: Sequence[Row]) -> dict[str, Any]:
 
 def _gaps(rows: Sequence[Row]) -> dict[str, Any]:
     """The objective where α was learned, on test data, and how much better the first looks."""
-    many = [row for row in rows if row["what"] == "many"]
+    many = rows_of(rows, "many")
     cases = dict.fromkeys((row["learn_on"], "one" if row["count"] == 1 else "many") for row in many)
     found = {}
     for learn_on, count in cases:
-        own = [
-            r for r in many if r["learn_on"] == learn_on and (r["count"] == 1) == (count == "one")
-        ]
+        own = [r for r in rows_of(many, learn_on=learn_on) if (r["count"] == 1) == (count == "one")]
         found[f"{count}, learned on {learn_on}"] = {
             "used": spread([row["used_objective"] for row in own]),
             "test": spread([row["test_objective"] for row in own]),

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 COLOURS = {"training": "#d55e00", "validation": "#0072b2"}
@@ -29,30 +30,20 @@ def mixing_figure(rows: Rows, path: Path) -> None:
         path: of the PNG.
     """
     figure, axes = plt.subplots(1, 3, figsize=(16, 5), layout="constrained")
-    _plot_traces(axes[0], _of(rows, "trace"))
+    _plot_traces(axes[0], rows_of(rows, "trace"))
     _plot_accuracies(axes[1], rows)
-    _plot_gaps(axes[2], _of(rows, "many"))
+    _plot_gaps(axes[2], rows_of(rows, "many"))
     save_figure(figure, path)
-
-
-def _of(rows: Rows, what: str, **columns: Any) -> Rows:
-    return [
-        r for r in rows if r["what"] == what and all(r[name] == v for name, v in columns.items())
-    ]
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
 
 
 def _plot_traces(axes: Axes, rows: Rows) -> None:
     for learn_on, colour in COLOURS.items():
-        own = [row for row in rows if row["learn_on"] == learn_on]
+        own = rows_of(rows, learn_on=learn_on)
         runs = dict.fromkeys((row["seed"], row["start"]) for row in own)
         for number, (seed, start) in enumerate(runs):
-            trace = _of(own, "trace", seed=seed, start=start)
+            trace = rows_of(own, "trace", seed=seed, start=start)
             axes.plot(
-                _column(trace, "step"), _column(trace, "alpha"), color=colour, lw=1.6, alpha=0.8,
+                column(trace, "step"), column(trace, "alpha"), color=colour, lw=1.6, alpha=0.8,
                 label=f"learned on {LABELS[learn_on]}" if number == 0 else None,
             )  # fmt: skip
     axes.set(
@@ -64,9 +55,9 @@ def _plot_traces(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_accuracies(axes: Axes, rows: Rows) -> None:
-    alphas = sorted({row["alpha"] for row in _of(rows, "grid")})
+    alphas = sorted({row["alpha"] for row in rows_of(rows, "grid")})
     means = {
-        name: np.array([_column(_of(rows, "grid", alpha=a), name).mean() for a in alphas])
+        name: np.array([column(rows_of(rows, "grid", alpha=a), name).mean() for a in alphas])
         for name in ("clean_accuracy", "robust_accuracy")
     }
     clean, robust = (100 * means[name] for name in ("clean_accuracy", "robust_accuracy"))
@@ -77,9 +68,9 @@ def _plot_accuracies(axes: Axes, rows: Rows) -> None:
             fontsize="small", weight="bold" if alpha == 0.5 else "normal",
         )  # fmt: skip
     for learn_on, colour in COLOURS.items():
-        own = _of(rows, "learned", learn_on=learn_on)
+        own = rows_of(rows, "learned", learn_on=learn_on)
         axes.plot(
-            100 * _column(own, "clean_accuracy"), 100 * _column(own, "robust_accuracy"), "*",
+            100 * column(own, "clean_accuracy"), 100 * column(own, "robust_accuracy"), "*",
             color=colour, mec="white", ms=14, ls="none", label=f"learned on {LABELS[learn_on]}",
         )  # fmt: skip
     axes.set_xlim(clean.min() - 2.2, None)
@@ -93,10 +84,10 @@ def _plot_gaps(axes: Axes, rows: Rows) -> None:
     few = {"validation": "few validation\nimages", "same": "the training\nimages again"}
     cases = [(learn_on, many) for learn_on in few for many in (False, True)]
     for place, (learn_on, many) in enumerate(cases):
-        own = [r for r in _of(rows, "many", learn_on=learn_on) if (r["count"] > 1) == many]
+        own = [r for r in rows_of(rows, "many", learn_on=learn_on) if (r["count"] > 1) == many]
         bars = (("used_objective", USED, -0.2), ("test_objective", TEST, 0.2))
         for name, colour, shift in bars:
-            values = _column(own, name)
+            values = column(own, name)
             label = "where α was learned" if name == "used_objective" else "on test images"
             axes.bar(
                 place + shift, values.mean(), 0.38, color=colour,

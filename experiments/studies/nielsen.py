@@ -33,7 +33,7 @@ from experiments.sigmoid_network import (
 )
 from experiments.studies.nielsen_figure import cost_of, minima, nielsen_figure
 from experiments.studies.schema import NielsenConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from experiments.tasks import Task
 
 Row = dict[str, Any]
@@ -254,19 +254,15 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 
 def _findings(rows: Sequence[Row], fixed: dict[str, float]) -> dict[str, Any]:
     joint = {
-        name: _chosen(rows, what="joint", name=name)[-1] for name in ("real", "positive")
+        name: rows_of(rows, "joint", name=name)[-1] for name in ("real", "positive")
     }  # the last step of each
     lengths = {
-        str(step): _flatness(_chosen(rows, what="slice", step=step))
-        for step in sorted({row["step"] for row in rows if row["what"] == "slice"})
+        str(step): _flatness(rows_of(rows, "slice", step=step))
+        for step in sorted({row["step"] for row in rows_of(rows, "slice")})
     }
     costs = {kind: _of_cost(rows, kind) for kind in COSTS}
     found = {"training_cost": joint, "slopes_at_fixed_weights": fixed, "by_length": lengths}
     return {**found, **costs, "says": _sentences(joint, fixed, lengths, costs)}
-
-
-def _chosen(rows: Sequence[Row], **columns: Any) -> list[Row]:
-    return [row for row in rows if all(row.get(name) == v for name, v in columns.items())]
 
 
 def _flatness(rows: Sequence[Row]) -> dict[str, float]:
@@ -280,9 +276,9 @@ def _flatness(rows: Sequence[Row]) -> dict[str, float]:
 
 
 def _of_cost(rows: Sequence[Row], kind: str) -> dict[str, Any]:
-    ends = _chosen(rows, what="end", cost_function=kind)
+    ends = rows_of(rows, "end", cost_function=kind)
     seeds = list(dict.fromkeys(row["seed"] for row in ends))
-    surfaces = [_chosen(rows, what="surface", cost_function=kind, seed=seed) for seed in seeds]
+    surfaces = [rows_of(rows, "surface", cost_function=kind, seed=seed) for seed in seeds]
     bests = [min(surface, key=cost_of) for surface in surfaces]
     best_cost = {row["seed"]: row["cost"] for row in bests}
     columns = ("lambda", "eta", "cost", "test_accuracy")

@@ -16,7 +16,8 @@ from matplotlib.colors import LogNorm
 from matplotlib.ticker import FixedLocator, NullLocator
 
 from experiments.evaluation import or_infinite
-from experiments.figures import save_figure
+from experiments.figures import column, edges, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 PATHS = ["#d62728", "#ff00c8", "#ffffff", "#000000"]
@@ -30,40 +31,30 @@ def nielsen_figure(rows: Rows, path: Path) -> None:
         rows: of `numbers.csv`; the first seed is drawn.
         path: of the PNG.
     """
-    rows = [row for row in rows if row["seed"] == rows[0]["seed"]]
+    rows = rows_of(rows, seed=rows[0]["seed"])
     figure = plt.figure(figsize=(15, 9.6), layout="constrained")
     parts: Any = figure.subfigures(2, 1, height_ratios=[1, 1.35])
     above, below = parts
     joint, settling, slices = above.subplots(1, 3)
-    _plot_joint(joint, _of(rows, "joint"))
-    _plot_settling(settling, _of(rows, "path"))
-    _plot_slice(slices, _of(rows, "slice"))
+    _plot_joint(joint, rows_of(rows, "joint"))
+    _plot_settling(settling, rows_of(rows, "path"))
+    _plot_slice(slices, rows_of(rows, "slice"))
     surfaces = below.subplots(1, 2)
     for surface, kind in zip(surfaces, UNITS, strict=True):
-        _plot_surface(surface, [row for row in rows if row["cost_function"] == kind], kind)
+        _plot_surface(surface, rows_of(rows, cost_function=kind), kind)
     below.legend(*surfaces[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     save_figure(figure, path)
 
 
-def _of(rows: Rows, what: str) -> Rows:
-    return [row for row in rows if row["what"] == what]
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
 def _groups(rows: Rows, name: str) -> dict[Any, Rows]:
-    return {
-        key: [r for r in rows if r[name] == key] for key in dict.fromkeys(r[name] for r in rows)
-    }
+    return {key: rows_of(rows, **{name: key}) for key in dict.fromkeys(r[name] for r in rows)}
 
 
 def _plot_joint(axes: Axes, rows: Rows) -> None:
     styles = {"real": ("#0072b2", "λ any real number"), "positive": ("#d55e00", "λ = exp ρ > 0")}
     for name, own in _groups(rows, "name").items():
         colour, label = styles[name]
-        axes.plot(_column(own, "step"), _column(own, "lambda"), color=colour, lw=2, label=label)
+        axes.plot(column(own, "step"), column(own, "lambda"), color=colour, lw=2, label=label)
     axes.set_yscale("symlog", linthresh=0.1)
     axes.axhline(0, color="0.5", lw=0.8)
     axes.set(xlabel="training step", ylabel="λ (symmetric log scale)")
@@ -73,10 +64,10 @@ def _plot_joint(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_settling(axes: Axes, rows: Rows) -> None:
-    own = [row for row in rows if row["cost_function"] == "cross-entropy"]
+    own = rows_of(rows, cost_function="cross-entropy")
     for colour, path in zip(_dark(PATHS), _groups(own, "start").values(), strict=False):
-        axes.plot(_column(path, "step"), _column(path, "lambda"), color=colour, lw=2)
-        axes.plot(_column(path, "step"), _column(path, "eta"), color=colour, lw=2, ls="--")
+        axes.plot(column(path, "step"), column(path, "lambda"), color=colour, lw=2)
+        axes.plot(column(path, "step"), column(path, "eta"), color=colour, lw=2, ls="--")
     axes.plot([], [], color="black", label="λ")
     axes.plot([], [], color="black", ls="--", label="η")
     axes.set(
@@ -96,7 +87,7 @@ def _plot_slice(axes: Axes, rows: Rows) -> None:
     shades = plt.get_cmap("viridis")(np.linspace(0.85, 0, len(by_length)))
     for shade, (steps, own) in zip(shades, by_length.items(), strict=True):
         axes.plot(
-            _column(own, "eta"), _column(own, "cost"), color=shade, lw=2, marker="o", ms=4,
+            column(own, "eta"), column(own, "cost"), color=shade, lw=2, marker="o", ms=4,
             label=f"{steps} steps: {100 * max(row['distance'] for row in own):.0f} %",
         )  # fmt: skip
     axes.set(
@@ -109,18 +100,18 @@ def _plot_slice(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_surface(axes: Axes, rows: Rows, kind: str) -> None:
-    cells = _of(rows, "surface")
+    cells = rows_of(rows, "surface")
     decays, rates = (sorted({row[name] for row in cells}) for name in ("lambda", "eta"))
-    costs = _column(cells, "cost").reshape(len(decays), len(rates))
+    costs = column(cells, "cost").reshape(len(decays), len(rates))
     low = np.nanmin(costs)
     mesh = axes.pcolormesh(
-        _edges(rates), _edges(decays), np.ma.masked_invalid(costs), cmap="viridis_r",
+        edges(rates), edges(decays), np.ma.masked_invalid(costs), cmap="viridis_r",
         norm=LogNorm(low, 8 * low),
     )  # fmt: skip
     axes.set_facecolor("0.6")
     _plot_minima(axes, cells)
-    for colour, path in zip(PATHS, _groups(_of(rows, "path"), "start").values(), strict=False):
-        rate, decay = _column(path, "eta"), _column(path, "lambda")
+    for colour, path in zip(PATHS, _groups(rows_of(rows, "path"), "start").values(), strict=False):
+        rate, decay = column(path, "eta"), column(path, "lambda")
         axes.plot(rate, decay, color="white" if colour == "#000000" else "black", lw=4)
         axes.plot(rate, decay, color=colour, lw=2)
         axes.plot(rate[0], decay[0], "o", color=colour, mec="black", ms=9)
@@ -148,7 +139,7 @@ def _plot_surface(axes: Axes, rows: Rows, kind: str) -> None:
 def _plot_minima(axes: Axes, cells: Rows) -> None:
     lowest = minima(cells)
     axes.plot(
-        _column(lowest, "eta"), _column(lowest, "lambda"), "x", color="black", ms=7, mew=2,
+        column(lowest, "eta"), column(lowest, "lambda"), "x", color="black", ms=7, mew=2,
         ls="none", label="minimum among its neighbours", zorder=6,
     )  # fmt: skip
     best = min(cells, key=cost_of)
@@ -174,9 +165,3 @@ def minima(surface: Rows) -> list[dict[str, Any]]:
         if all((a + i, b + j) in at for i, j in around)
         and all(cost_of(row) < cost_of(at[a + i, b + j]) for i, j in around)
     ]
-
-
-def _edges(values: Sequence[float]) -> np.ndarray:
-    logs = np.log(values)
-    half = (logs[1] - logs[0]) / 2
-    return np.exp(np.append(logs - half, logs[-1] + half))

@@ -10,32 +10,28 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
+from torch import nn
 from tqdm import tqdm
 
 import hypertorch
 from experiments.evaluation import or_infinite
 from experiments.models import MLP
-from experiments.optimizers import build
 from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.real_time_figure import real_time_figure
 from experiments.studies.schema import RealTimeConfig
-from experiments.studies.study import check_at_most, save_numbers, settings_of, spread
-from experiments.studies.whole_trainings import move, visit
-from experiments.tasks import Task
+from experiments.studies.study import check_at_most, rows_of, save_numbers, settings_of, spread
+from experiments.studies.whole_trainings import Trainings, move, visit
 
 Row = dict[str, Any]
 LEARN = ("lr", "momentum")
 
 
-class Laboratory:
+class Laboratory(Trainings):
     """One seed's data, network and batches.
 
     Args:
@@ -45,48 +41,19 @@ class Laboratory:
     """
 
     def __init__(self, config: Config, settings: RealTimeConfig, seed: int) -> None:
-        self.settings, self.seed = settings, seed
-        self.task: Task = build(OmegaConf.merge(config.task, {"split_seed": seed}))
+        super().__init__(config, seed, settings.steps, settings.batch_size)
+        self.settings = settings
 
     def network(self) -> nn.Module:
         """The network before training."""
         torch.manual_seed(self.seed)
         return MLP(self.task.image_shape, self.task.classes, [self.settings.hidden])
 
-    def inner_losses(self, model: nn.Module) -> list[Callable[[], Tensor]]:
-        """The loss of each step, on its batch."""
-        x, y = self.task.train
-        generator = torch.Generator().manual_seed(self.seed)
-        size, steps = self.settings.batch_size, self.settings.steps
-        epochs = -(-size * steps // len(y))
-        order = torch.cat([torch.randperm(len(y), generator=generator) for _ in range(epochs)])
-        batches = order.split(size)[:steps]
-        return [functools.partial(self._loss, model, x[batch], y[batch]) for batch in batches]
-
-    @staticmethod
-    def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(model(x), y)
-
-    def outer_loss(self, model: nn.Module) -> Tensor:
-        """E: cross-entropy on the validation images."""
-        return self._loss(model, *self.task.validation)
-
-    def scores(self, model: nn.Module) -> Row:
-        """How good the weights are."""
-        test = self.task.test
-        with torch.no_grad():
-            outputs = model(test.x)
-            return {
-                "validation_loss": self.outer_loss(model).item(),
-                "test_loss": cross_entropy(outputs, test.y).item(),
-                "test_accuracy": (outputs.argmax(1) == test.y).float().mean().item(),
-            }
-
     def train(self, rate: float, momentum: float) -> Row:
         """One plain training with fixed η and μ."""
         model = self.network()
         optimizer = torch.optim.SGD(model.parameters(), lr=rate, momentum=momentum)
-        for loss in self.inner_losses(model):
+        for loss in self.inner_losses(model, self.seed):
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
@@ -110,7 +77,7 @@ class Laboratory:
             engine=hypertorch.Forward(decay, real_time=True),
         )
         own = {"method": "real time", "decay": decay, "every": every}
-        for step, loss in enumerate(self.inner_losses(model), start=1):
+        for step, loss in enumerate(self.inner_losses(model, self.seed), start=1):
             at = _present(optimizer)
             optimizer.step(loss())
             if step % every == 0 and optimizer.hypergradients and optimizer.outer_loss_value:
@@ -135,7 +102,7 @@ class Laboratory:
             learn=LEARN,
         )
         rule = hypertorch.GatedSign([h.raw for h in optimizer.hyperparameters.values()])
-        losses = self.inner_losses(model)
+        losses = self.inner_losses(model, self.seed)
         price = settings.steps + 1 + 2 * (settings.steps - 1)  # as `Unroll.cost` says
         tried = []
         for number in range(1, settings.restarts + 1):
@@ -203,7 +170,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 
 
 def _findings(rows: Sequence[Row]) -> dict[str, Any]:
-    ends = [row for row in rows if row["what"] == "end"]
+    ends = rows_of(rows, "end")
     columns = ("eta", "mu", "validation_loss", "test_loss", "test_accuracy", "cost")
     found: dict[str, Any] = {
         name: {

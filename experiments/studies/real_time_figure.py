@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 DECAYS = ["#d55e00", "#e69f00", "#009e73", "#0072b2", "#cc79a7"]
@@ -31,18 +32,14 @@ def real_time_figure(rows: Rows, path: Path) -> None:
     figure, axes = plt.subplots(2, 2, figsize=(14, 9.5), layout="constrained")
     everies = sorted({row["every"] for row in rows if "every" in row})
     middle = everies[len(everies) // 2 if len(everies) > 2 else 0]
-    first = [row for row in rows if row["seed"] == rows[0]["seed"]]
-    traces = [row for row in first if row["what"] == "trace" and row.get("every") == middle]
-    restarted = [r for r in first if r["what"] == "trace" and r["method"] == "restarted"]
+    first = rows_of(rows, seed=rows[0]["seed"])
+    traces = rows_of(first, "trace", every=middle)
+    restarted = rows_of(first, "trace", method="restarted")
     _plot_progress(axes[0, 0], traces, restarted, first)
     _plot_values(axes[0, 1], traces)
     _plot_slopes(axes[1, 0], traces)
-    _plot_ends(axes[1, 1], [row for row in rows if row["what"] == "end"], everies)
+    _plot_ends(axes[1, 1], rows_of(rows, "end"), everies)
     save_figure(figure, path)
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
 
 
 def _decays(rows: Rows) -> list[tuple[float, str]]:
@@ -51,18 +48,18 @@ def _decays(rows: Rows) -> list[tuple[float, str]]:
 
 def _plot_progress(axes: Axes, traces: Rows, restarted: Rows, rows: Rows) -> None:
     for decay, colour in _decays(traces):
-        own = [row for row in traces if row["decay"] == decay]
+        own = rows_of(traces, decay=decay)
         axes.plot(
-            _column(own, "cost"), _column(own, "validation_loss"), color=colour, lw=1.5,
+            column(own, "cost"), column(own, "validation_loss"), color=colour, lw=1.5,
             label=f"one run in real time, γ = {decay:g}",
         )  # fmt: skip
     axes.plot(
-        _column(restarted, "cost"), _column(restarted, "validation_loss"), "o-", ms=4,
+        column(restarted, "cost"), column(restarted, "validation_loss"), "o-", ms=4,
         color=RESTARTED, label="restarted: a point per whole training",
     )  # fmt: skip
     names = {"grid": (GRID, "--", "best of the grid"), "fixed": (FIXED, ":", "fixed at the start")}
     for method, (colour, style, label) in names.items():
-        (end,) = (row for row in rows if row["what"] == "end" and row["method"] == method)
+        (end,) = rows_of(rows, "end", method=method)
         axes.axhline(end["validation_loss"], color=colour, ls=style, lw=2, label=label)
     axes.set(xscale="log", yscale="log", xlabel="cost so far (plain training steps)")
     ticks = [0.2, 0.3, 0.4, 0.5, 0.7, 1, 1.5, 2, 3, 5]
@@ -78,9 +75,9 @@ def _plot_progress(axes: Axes, traces: Rows, restarted: Rows, rows: Rows) -> Non
 
 def _plot_values(axes: Axes, traces: Rows) -> None:
     for decay, colour in _decays(traces):
-        own = [row for row in traces if row["decay"] == decay]
-        axes.plot(_column(own, "step"), _column(own, "eta"), color=colour, label=f"γ = {decay:g}")
-        axes.plot(_column(own, "step"), 1 - _column(own, "mu"), color=colour, ls="--")
+        own = rows_of(traces, decay=decay)
+        axes.plot(column(own, "step"), column(own, "eta"), color=colour, label=f"γ = {decay:g}")
+        axes.plot(column(own, "step"), 1 - column(own, "mu"), color=colour, ls="--")
     axes.plot([], [], color="black", label="η")
     axes.plot([], [], color="black", ls="--", label="1 − μ")
     axes.set(yscale="log", xlabel="training step", ylabel="η, 1 − μ (log scale)")
@@ -91,9 +88,9 @@ def _plot_values(axes: Axes, traces: Rows) -> None:
 
 def _plot_slopes(axes: Axes, traces: Rows) -> None:
     for decay, colour in _decays(traces):
-        own = [row for row in traces if row["decay"] == decay]
-        slopes = np.abs(_column(own, "d_lr") * _column(own, "eta"))
-        axes.plot(_column(own, "step"), slopes, color=colour, label=f"γ = {decay:g}")
+        own = rows_of(traces, decay=decay)
+        slopes = np.abs(column(own, "d_lr") * column(own, "eta"))
+        axes.plot(column(own, "step"), slopes, color=colour, label=f"γ = {decay:g}")
     axes.set(yscale="log", xlabel="training step", ylabel="|dE / d log η| (nats, log scale)")
     axes.set_title("The slope in real time: γ limits how far back it reaches")
     axes.grid(alpha=0.3)
@@ -106,8 +103,8 @@ def _plot_ends(axes: Axes, ends: Rows, everies: Sequence[int]) -> None:
     for number, (decay, colour) in enumerate(decays):
         shift = 0.12 * (number - (len(decays) - 1) / 2)
         values = [
-            _column(
-                [r for r in ends if (r.get("decay"), r.get("every")) == (decay, every)],
+            column(
+                rows_of(ends, decay=decay, every=every),
                 "validation_loss",
             )
             for every in everies
@@ -119,7 +116,7 @@ def _plot_ends(axes: Axes, ends: Rows, everies: Sequence[int]) -> None:
     for method, colour, style in (
         ("restarted", RESTARTED, "-"), ("grid", GRID, "--"), ("fixed", FIXED, ":"),
     ):  # fmt: skip
-        mean = _column([r for r in ends if r["method"] == method], "validation_loss").mean()
+        mean = column(rows_of(ends, method=method), "validation_loss").mean()
         label = {"grid": "best of the grid", "fixed": "fixed at the start"}.get(method, method)
         axes.axhline(mean, color=colour, ls=style, label=label)
     axes.set_xticks(places, [str(every) for every in everies])

@@ -27,7 +27,7 @@ from experiments.run_folder import RunFolder
 from experiments.schema import Config
 from experiments.studies.ridge_figure import ridge_figure
 from experiments.studies.schema import RidgeConfig
-from experiments.studies.study import save_numbers, settings_of, spread
+from experiments.studies.study import rows_of, save_numbers, settings_of, spread
 from experiments.tables import diabetes
 from experiments.tasks import Task
 
@@ -222,10 +222,10 @@ def _tangent(own: dict[str, Any], visit: Visit, task: Task, penalty: Penalty) ->
 
 def _findings(rows: Sequence[dict[str, Any]], penalty: str) -> dict[str, Any]:
     def of(what: str, key: str) -> list[float]:
-        return [row[key] for row in rows if (row["penalty"], row["what"]) == (penalty, what)]
+        return [row[key] for row in rows_of(rows, what, penalty=penalty)]
 
     both = ("library", "cross-validation")
-    visits = [row for row in rows if (row["penalty"], row["what"]) == (penalty, "tangent")]
+    visits = rows_of(rows, "tangent", penalty=penalty)
     roots = [r for r in rows if r["penalty"] == penalty and "window" in r]
     return {
         "value": {what: spread(of(what, "value")) for what in both},
@@ -236,7 +236,7 @@ def _findings(rows: Sequence[dict[str, Any]], penalty: str) -> dict[str, Any]:
         "test_error": {what: spread(of(what, "test_error")) for what in both},
         "seconds": {what: spread(of(what, "seconds")) for what in both},
         "root_by_window": {
-            str(window): spread([row["ratio"] for row in roots if row["window"] == window])
+            str(window): spread([row["ratio"] for row in rows_of(roots, window=window)])
             for window in sorted({row["window"] for row in roots})
         },
     }
@@ -244,9 +244,9 @@ def _findings(rows: Sequence[dict[str, Any]], penalty: str) -> dict[str, Any]:
 
 def _minima(rows: Sequence[dict[str, Any]], penalty: str) -> list[int]:
     """How many local minima inside the range each split's curve has."""
-    points = [row for row in rows if (row["penalty"], row["what"]) == (penalty, "curve")]
+    points = rows_of(rows, "curve", penalty=penalty)
     curves = [
-        np.array([row["error"] for row in points if row["seed"] == seed])
+        np.array([row["error"] for row in rows_of(points, seed=seed)])
         for seed in dict.fromkeys(row["seed"] for row in points)
     ]
     return [int(np.sum((curve[1:-1] < curve[:-2]) & (curve[1:-1] < curve[2:]))) for curve in curves]
@@ -260,7 +260,7 @@ def _errors_of_slope(visits: Sequence[dict[str, Any]]) -> dict[str, float]:
     """
     errors: dict[str, list[float]] = {}
     for visit in visits:
-        run = [v for v in visits if (v["seed"], v["start"]) == (visit["seed"], visit["start"])]
+        run = rows_of(visits, seed=visit["seed"], start=visit["start"])
         scale = max(abs(other["closed_form"]) for other in run)
         error = abs(visit["hypergradient"] - visit["closed_form"]) / scale
         errors.setdefault("first_three" if visit["update"] < 3 else "later", []).append(error)

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import FixedLocator, NullLocator
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 COLOURS = {"ridge": "#0072b2", "lasso": "#d55e00"}
 TITLES = {"ridge": "Ridge: λ/2 ‖w‖²", "lasso": "Lasso: λ ‖w‖₁"}
@@ -31,7 +32,7 @@ def ridge_figure(rows: Rows, path: Path) -> None:
     """
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
     for panel, penalty in zip(axes[:2], COLOURS, strict=True):
-        _plot_curve(panel, [row for row in rows if row["penalty"] == penalty], penalty)
+        _plot_curve(panel, rows_of(rows, penalty=penalty), penalty)
     _plot_windows(axes[2], [row for row in rows if "window" in row])
     save_figure(figure, path)
 
@@ -39,18 +40,18 @@ def ridge_figure(rows: Rows, path: Path) -> None:
 def _plot_curve(axes: Axes, rows: Rows, penalty: str) -> None:
     first = rows[0]["seed"]
     for seed in dict.fromkeys(row["seed"] for row in rows):
-        curve = [row for row in rows if (row["seed"], row["what"]) == (seed, "curve")]
+        curve = rows_of(rows, "curve", seed=seed)
         line = {"color": COLOURS[penalty], "lw": 2.2} if seed == first else {"color": "0.8"}
         label = {first: "E(λ), closed form" if penalty == "ridge" else "E(λ), scikit-learn's Lasso"}
         axes.plot(
-            _column(curve, "value"),
-            _column(curve, "error"),
+            column(curve, "value"),
+            column(curve, "error"),
             label=label.get(seed, "other splits" if len(axes.lines) == 1 else None),
             zorder=3 if seed == first else 1,
             **line,
         )
-    own = [row for row in rows if row["seed"] == first]
-    _plot_tangents(axes, [row for row in own if row["what"] == "tangent"])
+    own = rows_of(rows, seed=first)
+    _plot_tangents(axes, rows_of(own, "tangent"))
     _plot_roots(axes, own)
     axes.set(xscale="log", xlabel="λ (log scale, no unit)", title=TITLES[penalty])
     axes.set_ylabel("validation error E (variance of the target = 1)")
@@ -73,12 +74,12 @@ def _plot_tangents(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_roots(axes: Axes, rows: Rows) -> None:
-    roots = [row for row in rows if row["what"] == "library"]
+    roots = rows_of(rows, "library")
     axes.plot(
-        _column(roots, "value"), _column(roots, "error"), "*", color=ROOT, ms=17, zorder=6,
+        column(roots, "value"), column(roots, "error"), "*", color=ROOT, ms=17, zorder=6,
         mec="white", ls="none", label="dE/dλ = 0, from both ends",
     )  # fmt: skip
-    (choice,) = (row for row in rows if row["what"] == "cross-validation")
+    (choice,) = rows_of(rows, "cross-validation")
     axes.axvline(
         choice["value"], color=CROSS_VALIDATION, ls="--", label="scikit-learn's cross-validation"
     )
@@ -86,9 +87,9 @@ def _plot_roots(axes: Axes, rows: Rows) -> None:
 
 def _plot_windows(axes: Axes, rows: Rows) -> None:
     for penalty, colour in COLOURS.items():
-        own = [row for row in rows if row["penalty"] == penalty]
+        own = rows_of(rows, penalty=penalty)
         windows = sorted({row["window"] for row in own})
-        ratios = [[row["ratio"] for row in own if row["window"] == window] for window in windows]
+        ratios = [[row["ratio"] for row in rows_of(own, window=window)] for window in windows]
         axes.plot(windows, [np.median(r) for r in ratios], color=colour, lw=2, label=penalty)
         for window, values in zip(windows, ratios, strict=True):
             axes.plot([window] * len(values), values, "o", color=colour, alpha=0.5, ms=5)
@@ -103,7 +104,3 @@ def _plot_windows(axes: Axes, rows: Rows) -> None:
     axes.set_ylim(bottom=min(0.18, 0.9 * min(row["ratio"] for row in rows)))
     axes.grid(alpha=0.3)
     axes.legend(fontsize="small", title="median; a point per split", title_fontsize="small")
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)

@@ -15,22 +15,19 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
-from omegaconf import OmegaConf
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 import hypertorch
+from experiments.config_values import check_positive
 from experiments.evaluation import or_infinite
-from experiments.optimizers import build
 from experiments.run_folder import RunFolder
 from experiments.scheduled_sgd import ScheduledSGD
 from experiments.schema import Config
 from experiments.studies.schedules_figure import schedules_figure
 from experiments.studies.schema import SchedulesConfig
-from experiments.studies.study import save_numbers, settings_of, spread
-from experiments.studies.whole_trainings import Visit, move, visit
-from experiments.tasks import Task
+from experiments.studies.study import check_one_each, rows_of, save_numbers, settings_of, spread
+from experiments.studies.whole_trainings import Trainings, Visit, move, visit
 
 Row = dict[str, Any]
 SHAPES: dict[str, Callable[[float], float]] = {
@@ -42,7 +39,7 @@ LEARNED = ("per step", "per step and layer", "per step and layer, many starts")
 FIRST_OF_MANY = 100  # of the starts that are learned on, beyond those that judge
 
 
-class Laboratory:
+class Laboratory(Trainings):
     """One seed's data, and trainings of T steps on it.
 
     Args:
@@ -52,36 +49,22 @@ class Laboratory:
     """
 
     def __init__(self, config: Config, settings: SchedulesConfig, seed: int) -> None:
-        self.settings, self.seed = settings, seed
-        self.task: Task = build(OmegaConf.merge(config.task, {"split_seed": seed}))
+        super().__init__(config, seed, settings.steps, settings.batch_size)
+        self.settings = settings
         self.widths = [math.prod(self.task.image_shape), *settings.hidden, self.task.classes]
         self.layers = len(self.widths) - 1
 
+    def number(self, start: int) -> int:
+        """The seed of the weights and the batches of training `start`."""
+        return 1000 * self.seed + start
+
     def network(self, start: int) -> nn.Sequential:
-        """tanh units; the weights that training number `start` begins with."""
-        torch.manual_seed(1000 * self.seed + start)
+        """tanh units; the weights that training `start` begins with."""
+        torch.manual_seed(self.number(start))
         layers: list[nn.Module] = [nn.Flatten()]
         for inputs, outputs in itertools.pairwise(self.widths):
             layers += [nn.Linear(inputs, outputs), nn.Tanh()]
         return nn.Sequential(*layers[:-1])
-
-    def inner_losses(self, model: nn.Module, start: int) -> list[Callable[[], Tensor]]:
-        """The loss of each step, on a batch of its own, in the order of training `start`."""
-        x, y = self.task.train
-        generator = torch.Generator().manual_seed(1000 * self.seed + start)
-        size, steps = self.settings.batch_size, self.settings.steps
-        epochs = -(-size * steps // len(y))
-        order = torch.cat([torch.randperm(len(y), generator=generator) for _ in range(epochs)])
-        batches = order.split(size)[:steps]
-        return [functools.partial(self._loss, model, x[batch], y[batch]) for batch in batches]
-
-    def outer_loss(self, model: nn.Module) -> Tensor:
-        """E: cross-entropy on the validation images."""
-        return self._loss(model, *self.task.validation)
-
-    @staticmethod
-    def _loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        return cross_entropy(model(x), y)
 
     def train(self, schedule: Tensor, start: int) -> dict[str, float]:
         """One plain training with a schedule `(T, L)`, and how good its weights are."""
@@ -92,18 +75,11 @@ class Laboratory:
             for layer, rates in zip(linear, schedule.unbind(1), strict=True)
         ]
         optimizer = ScheduledSGD(groups, 1.0, self.settings.momentum)
-        for loss in self.inner_losses(model, start):
+        for loss in self.inner_losses(model, self.number(start)):
             optimizer.zero_grad()
             loss().backward()
             optimizer.step()
-        test = self.task.test
-        with torch.no_grad():
-            outputs = model(test.x)
-            return {
-                "validation_loss": self.outer_loss(model).item(),
-                "test_loss": cross_entropy(outputs, test.y).item(),
-                "test_accuracy": (outputs.argmax(1) == test.y).float().mean().item(),
-            }
+        return self.scores(model)
 
     def shaped(self, shape: str, rate: float) -> Tensor:
         """A schedule `(T, L)` that begins at `rate`, the same for all layers."""
@@ -157,7 +133,7 @@ class Laboratory:
         for update in range(settings.updates):
             start = FIRST_OF_MANY + update if many else 0
             model.load_state_dict(self.network(start).state_dict())
-            losses = self.inner_losses(model, start)
+            losses = self.inner_losses(model, self.number(start))
             visits.append(visit(optimizer, losses, functools.partial(self.outer_loss, model)))
             if not visits[-1].is_finite:
                 break
@@ -199,6 +175,8 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
         The findings.
     """
     settings = settings_of(config, SchedulesConfig)
+    check_one_each("rates", settings.rates, ("the lowest η", "the highest η"))
+    check_positive(config.study, ["rates"], "study.")
     rows: list[Row] = []
     trainings = len(SHAPES) * settings.points + len(LEARNED) * settings.updates
     bar = tqdm(total=trainings * len(settings.seeds), desc="schedules", disable=not progress)
@@ -215,7 +193,7 @@ def run(config: Config, folder: RunFolder, progress: bool) -> dict[str, Any]:
 def _findings(rows: Sequence[Row], settings: SchedulesConfig) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for method in (*SHAPES, *LEARNED):
-        of_method = [row for row in rows if row["method"] == method]
+        of_method = rows_of(rows, method=method)
         found[method] = {
             what: {
                 column: spread(_by_seed(of_method, what, column))

@@ -13,7 +13,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from experiments.figures import save_figure
+from experiments.figures import column, save_figure
+from experiments.studies.study import rows_of
 
 Rows = Sequence[dict[str, Any]]
 COLOURS = {
@@ -35,10 +36,10 @@ def schedules_figure(rows: Rows, path: Path) -> None:
         path: of the PNG.
     """
     figure, axes = plt.subplots(2, 2, figsize=(14, 9), layout="constrained")
-    shapes = _of(rows, "schedule")
+    shapes = rows_of(rows, "schedule")
     _plot_shared(axes[0, 0], shapes)
     many = "per step and layer, many starts"
-    _plot_layers(axes[0, 1], [row for row in shapes if row["method"] == many])
+    _plot_layers(axes[0, 1], rows_of(shapes, method=many))
     axes[0, 1].set_title(f"Learned {many}; a line per seed")
     learned = [v for row in shapes for n, v in row.items() if n[:5] == "layer" and row["step"] < 90]
     for panel in axes[0]:
@@ -48,16 +49,6 @@ def schedules_figure(rows: Rows, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _of(rows: Rows, what: str, **columns: Any) -> Rows:
-    return [
-        r for r in rows if r["what"] == what and all(r[name] == v for name, v in columns.items())
-    ]
-
-
-def _column(rows: Rows, name: str) -> np.ndarray:
-    return np.array([row[name] for row in rows], dtype=float)
-
-
 def _seeds(rows: Rows) -> list[int]:
     return list(dict.fromkeys(row["seed"] for row in rows))
 
@@ -65,10 +56,10 @@ def _seeds(rows: Rows) -> list[int]:
 def _plot_shared(axes: Axes, rows: Rows) -> None:
     for method in ("constant", "linear", "cosine", "per step"):
         for number, seed in enumerate(_seeds(rows)):
-            own = _of(rows, "schedule", method=method, seed=seed)
+            own = rows_of(rows, "schedule", method=method, seed=seed)
             label = f"learned {method}" if method == "per step" else f"best {method}"
             axes.plot(
-                _column(own, "step") + 1, _column(own, "layer 0"), color=COLOURS[method],
+                column(own, "step") + 1, column(own, "layer 0"), color=COLOURS[method],
                 lw=1.6, ls="-" if method == "per step" else "--", label=None if number else label,
             )  # fmt: skip
     axes.set(yscale="log", xlabel="training step t", ylabel="learning rate η (log scale)")
@@ -81,12 +72,12 @@ def _plot_layers(axes: Axes, rows: Rows) -> None:
     layers = [name for name in rows[0] if name.startswith("layer ")]
     for colour, layer in zip(LAYERS, layers, strict=False):
         for number, seed in enumerate(_seeds(rows)):
-            own = [row for row in rows if row["seed"] == seed]
+            own = rows_of(rows, seed=seed)
             label = {"layer 0": "first layer", layers[-1]: "last layer"}.get(
                 layer, f"layer {int(layer.split()[1]) + 1}"
             )
             axes.plot(
-                _column(own, "step") + 1, _column(own, layer), color=colour, lw=1.4,
+                column(own, "step") + 1, column(own, layer), color=colour, lw=1.4,
                 label=None if number else label,
             )  # fmt: skip
     axes.set(yscale="log", xlabel="training step t", ylabel="learning rate η (log scale)")
@@ -96,10 +87,13 @@ def _plot_layers(axes: Axes, rows: Rows) -> None:
 
 def _plot_updates(axes: Axes, rows: Rows) -> None:
     """E at each training, in relation to the best constant learning rate of the same seed."""
-    base = {row["seed"]: row["validation_loss"] for row in _of(rows, "chosen", method="constant")}
-    for method in dict.fromkeys(row["method"] for row in _of(rows, "update")):
+    base = {
+        row["seed"]: row["validation_loss"] for row in rows_of(rows, "chosen", method="constant")
+    }
+    for method in dict.fromkeys(row["method"] for row in rows_of(rows, "update")):
         curves = [
-            _column(_of(rows, "update", method=method, seed=seed), "validation_loss") - base[seed]
+            column(rows_of(rows, "update", method=method, seed=seed), "validation_loss")
+            - base[seed]
             for seed in base
         ]
         for number, curve in enumerate(curves):
@@ -109,10 +103,11 @@ def _plot_updates(axes: Axes, rows: Rows) -> None:
             )  # fmt: skip
     for shape, style in (("constant", "-"), ("linear", "--"), ("cosine", ":")):
         ends = [
-            row["validation_loss"] - base[row["seed"]] for row in _of(rows, "chosen", method=shape)
+            row["validation_loss"] - base[row["seed"]]
+            for row in rows_of(rows, "chosen", method=shape)
         ]
         axes.axhline(np.mean(ends), color=COLOURS[shape], ls=style, label=f"best {shape}")
-    lows = [row["validation_loss"] - base[row["seed"]] for row in _of(rows, "update")]
+    lows = [row["validation_loss"] - base[row["seed"]] for row in rows_of(rows, "update")]
     axes.set_ylim(1.15 * min(lows), max(0.05, -1.5 * min(lows)))
     axes.set(xlabel="trainings, each differentiated as a whole")
     axes.set_ylabel("validation loss, less that of the\nbest constant learning rate (nats)")
@@ -122,14 +117,11 @@ def _plot_updates(axes: Axes, rows: Rows) -> None:
 
 
 def _plot_ends(axes: Axes, rows: Rows) -> None:
-    methods = [method for method in COLOURS if _of(rows, "chosen", method=method)]
+    methods = [method for method in COLOURS if rows_of(rows, "chosen", method=method)]
     for place, method in enumerate(methods):
         for what, shift, alpha in (("chosen", -0.2, 1.0), ("fresh", 0.2, 0.5)):
-            own = _of(rows, what, method=method)
-            means = [
-                _column([row for row in own if row["seed"] == seed], "test_loss").mean()
-                for seed in _seeds(own)
-            ]
+            own = rows_of(rows, what, method=method)
+            means = [column(rows_of(own, seed=seed), "test_loss").mean() for seed in _seeds(own)]
             axes.bar(place + shift, np.mean(means), 0.38, color=COLOURS[method], alpha=alpha)
             axes.plot([place + shift] * len(means), means, "o", color="black", ms=4)
     names = [
@@ -138,7 +130,7 @@ def _plot_ends(axes: Axes, rows: Rows) -> None:
         for name in methods
     ]  # fmt: skip
     axes.set_xticks(range(len(methods)), names, fontsize="small")
-    values = [row["test_loss"] for what in ("chosen", "fresh") for row in _of(rows, what)]
+    values = [row["test_loss"] for what in ("chosen", "fresh") for row in rows_of(rows, what)]
     axes.set_ylim(0.95 * min(values), 1.02 * max(values))
     axes.set_ylabel("test loss at step T (nats)")
     axes.set_title("Left bar: the start it was chosen on; right bar: other starts")

@@ -93,6 +93,33 @@ def check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
         )
 
 
+def check_one_each(name: str, values: Sequence[Any], owners: Sequence[str]) -> None:
+    """Refuse a list that has not one entry for each of so many things, before any work.
+
+    Args:
+        name: of the list, without `study.`.
+        values: it.
+        owners: what the entries belong to.
+
+    Raises:
+        ConfigError: if it is shorter or longer.
+    """
+    if len(values) != len(owners):
+        places = ",".join("…" * len(owners))
+        raise ConfigError(
+            f"`study.{name}` must have one entry for each of {', '.join(owners)}. "
+            f"Got {list(values)}. Write `study.{name}=[{places}]`."
+        )
+
+
+def rows_of(
+    rows: Sequence[dict[str, Any]], what: str | None = None, **columns: Any
+) -> list[dict[str, Any]]:
+    """The rows about `what`, or about anything, that have these values, in their order."""
+    wanted = columns if what is None else {"what": what, **columns}
+    return [row for row in rows if all(row.get(name) == v for name, v in wanted.items())]
+
+
 def save_numbers(folder: RunFolder, numbers: Sequence[Number]) -> None:
     """Write `numbers.csv`: the rows may differ in their columns, what one lacks stays empty."""
     columns = list(dict.fromkeys(name for row in numbers for name in row))

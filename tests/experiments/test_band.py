@@ -160,6 +160,7 @@ BAD = {
     "tier.bases=[adam]": "`tier.bases`: there is no `adam`. Did you mean `adamw`?",
     "task.bases=[adamw]": "No task has a base of `tier.bases`. Got sgd. Choose another ",
     "task.epochs=0": "`task.epochs` is too small. Got 0. Choose 1 or more.",
+    "~tier": "command line: `tier` has no value. Give it one.",
     "workers=0": "`workers` is too small. Got 0. Choose 1 or more.",
 }
 

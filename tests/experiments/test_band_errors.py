@@ -33,15 +33,59 @@ def all_of(path, *overrides):
 
 
 @pytest.mark.parametrize(
-    "key",
-    ["tier.size.start_lr", "tier.size.start_weight_decay", "sgd.lr", "adamw.weight_decay"],
+    ("key", "value", "choice"),
+    [
+        ("tier.size.start_lr", 0.0, "a number above 0"),
+        ("tier.size.start_weight_decay", 0.0, "a number above 0"),
+        ("sgd.lr", 0.0, "a number above 0"),
+        ("adamw.lr", -1.0, "a number above 0"),
+        ("adamw.weight_decay", -1.0, "0 or more"),
+    ],
 )
-def test_values_that_no_run_can_have_are_refused_before_any_work(tmp_path, key):
+def test_values_that_no_run_can_have_are_refused_before_any_work(tmp_path, key, value, choice):
     with pytest.raises(ConfigError, match=rf"^`{key}` is empty"):
         all_of(tmp_path, f"{key}=[]")
-    with pytest.raises(ConfigError, match=rf"^`{key}` is too small\. Got -1\.0\. Choose 0"):
-        all_of(tmp_path, f"{key}=[0.1,-1]")
+    said = rf"^`{key}` is too small\. Got {value}\. Choose {choice}\.$"
+    with pytest.raises(ConfigError, match=said):
+        all_of(tmp_path, f"{key}=[0.1,{value}]")
     assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_start_of_one_task_alone_is_above_0_too(tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"^`tier\.size\.start_weight_decay` is too small\. Got 0"
+    ):
+        all_of(tmp_path, "+tier.smaller.digits_noisy.start_weight_decay=[0,0.1]")
+
+
+@pytest.mark.parametrize("search", ["random", "tpe"])
+@pytest.mark.parametrize("decays", ["[0.0, 0.1]", "[0.1, 0.0]"])
+def test_searches_that_draw_logarithms_refuse_a_decay_of_0_at_an_end(tmp_path, search, decays):
+    with pytest.raises(ConfigError) as caught:
+        all_of(tmp_path, f"tier.size.{search}=2", f"sgd.weight_decay={decays.replace(' ', '')}")
+    assert str(caught.value) == (
+        "`sgd.weight_decay` begins or ends with 0, and searches draw between the logarithms of its "
+        f"ends. Got {decays}. Choose numbers above 0 there, or set `tier.size.random=0` and "
+        "`tier.size.tpe=0`."
+    )
+    assert not (tmp_path / "rows.jsonl").exists()
+
+
+def test_a_grid_alone_may_begin_without_decay(tmp_path):
+    boxes = ["sgd.weight_decay=[0,1e-3]", "tier.size.grid_every=1", "sgd.lr=[1e-2,0.1]"]
+    plan, table = all_of(tmp_path, "methods=[fixed]", *boxes)
+    assert 0.0 in {run.weight_decay for run in table.rows}
+    text = report(plan, table, tmp_path / "report")
+    assert "\nfixed, constant " in text
+
+
+def test_the_command_ends_with_status_2_where_it_would_divide_by_a_start_of_0(capsys):
+    with pytest.raises(SystemExit) as caught:
+        main([*DIGITS, "tier.size.start_weight_decay=[0,1e-4]"])
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == (
+        "error: `tier.size.start_weight_decay` is too small. Got 0.0. Choose a number above 0.\n"
+    )
 
 
 def test_the_help_names_every_tier(capsys):

@@ -42,6 +42,26 @@ def test_a_split_that_leaves_nothing_to_test_on_is_refused():
         breast_cancer(train_size=500, validation_size=69)
 
 
+@pytest.mark.parametrize(
+    ("load", "name", "size"),
+    [
+        (breast_cancer, "train_size", -5),
+        (breast_cancer, "train_size", 0),
+        (breast_cancer, "validation_size", 0),
+        (breast_cancer, "features", 0),
+        (king_james, "train_size", 0),
+        (king_james, "validation_size", -1),
+        (king_james, "test_size", 0),
+        (king_james, "context", 0),
+    ],
+)
+def test_a_part_without_examples_is_refused(tmp_path, load, name, size):
+    root = {"root": str(tmp_path)} if load is king_james else {}
+    with pytest.raises(ConfigError) as caught:
+        load(**root, **{name: size})
+    assert str(caught.value) == f"`task.{name}` is too small. Got {size}. Choose 1 or more."
+
+
 @pytest.fixture
 def reader(tmp_path, monkeypatch):
     """A program that prints verses as Debian's `bible` does."""

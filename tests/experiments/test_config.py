@@ -61,6 +61,11 @@ ON_THE_COMMAND_LINE = {
     f"{', '.join(EXPERIMENTS)}.",
     "study.seeds=[1]": "command line: unknown key `study.seeds`. This experiment has no `study`.",
     "~optimizer": "command line: `optimizer` has no value. Give it one.",
+    "~hyper": "command line: `hyper` has no value. Give it one.",
+    "experiment=digits ~run": "command line: `run` has no value. Give it one.",
+    "hyper=none ~run": "command line: `run` has no value. Give it one.",
+    "experiment=ridge ~run": "command line: `run` has no value. Give it one.",
+    "experiment=black_box ~task": "command line: `task` has no value. Give it one.",
     "hyper=any_start hyper.outer=Adam": "command line: unknown key `hyper.outer`. Available: "
     "hyper.name, hyper.update_every, hyper.window.",
     "hyper=none hyper.window=3": "command line: unknown key `hyper.window`. Available: hyper.name.",

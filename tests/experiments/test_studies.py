@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 
 import pytest
 
@@ -11,7 +12,7 @@ from experiments.config_errors import ConfigError
 from experiments.run import run
 from experiments.run_folder import RunFolder
 from experiments.studies.schema import STUDIES
-from experiments.studies.study import report_study
+from experiments.studies.study import report_study, rows_of
 
 #: The overrides that make each study small enough for a test: a few seconds.
 TINY: dict[str, list[str]] = {
@@ -202,15 +203,74 @@ def test_a_study_leaves_its_folder_complete(tmp_path, capsys, name):
     [
         ("real_time", ["study.every=[2,9]"], "`study.every` does not fit `study.steps`. Got 9 and"),
         ("forward_reverse", ["study.compare_up_to=2", "study.horizons=[3,4]"], "Got 3 and 2"),
+        (
+            "cleaning",
+            ["study.data=[mnist]"],
+            "`study.images` must have one entry for each of mnist. Got [60, 60]. Write "
+            "`study.images=[…]`.",
+        ),
+        (
+            "cleaning",
+            ["study.data=[cifar]", "study.images=[100]"],
+            "`study.data`: there is no `cifar`. Available: digits, fashion_mnist, mnist.",
+        ),
+        (
+            "black_box",
+            ["study.low=[0.1,0.2]"],
+            "`study.low` must have one entry for each of input_dropout, hidden_dropout, shift. Got "
+            "[0.1, 0.2]. Write `study.low=[…,…,…]`.",
+        ),
+        (
+            "self_tuning",
+            ["study.high=[0.1,0.2,0.3,0.4]"],
+            "`study.high` must have one entry for each of input_dropout, hidden_dropout, "
+            "weight_decay. Got [0.1, 0.2, 0.3, 0.4]. Write `study.high=[…,…,…]`.",
+        ),
+        (
+            "schedules",
+            ["study.rates=[0.1]"],
+            "`study.rates` must have one entry for each of the lowest η, the highest η. Got [0.1]. "
+            "Write `study.rates=[…,…]`.",
+        ),
+        (
+            "schedules",
+            ["study.rates=[0,0.1]"],
+            "`study.rates` is too small. Got 0.0. Choose a number above 0.",
+        ),
+        (
+            "calibration",
+            ["+study.rates.fashion_noisy=[0.1]"],
+            "`study.rates`: there is no `fashion_noisy`. Available: breast_cancer, digits_noisy.",
+        ),
+        (
+            "calibration",
+            ["study.rates.digits_noisy=[]"],
+            "`study.rates.digits_noisy` is empty: there is nothing to run. Name at least one.",
+        ),
     ],
 )
-def test_sizes_that_do_not_fit_each_other_are_refused_before_any_work(
-    tmp_path, name, overrides, message
+def test_settings_that_do_not_fit_are_refused_before_any_work(
+    tmp_path, monkeypatch, name, overrides, message
 ):
     config = load_config([f"experiment={name}", f"run.root={tmp_path}", *TINY[name], *overrides])
-    with pytest.raises(ConfigError, match=message):
+    monkeypatch.setattr(f"experiments.studies.{name}.tqdm", None, raising=False)
+    monkeypatch.setattr("experiments.studies.dropout_comparison.tqdm", None)
+    with pytest.raises(ConfigError, match=re.escape(message)):
         run(config, progress=False)
     assert not RunFolder.of(config).numbers_file.exists()
+
+
+def test_rows_are_chosen_by_what_they_are_about_and_by_their_values():
+    rows = [
+        {"what": "end", "seed": 0, "rate": 0.1},
+        {"what": "path", "seed": 0},
+        {"what": "end", "seed": 1},
+        {"seed": 1, "rate": 0.1},
+    ]
+    assert rows_of(rows, "end") == [rows[0], rows[2]]
+    assert rows_of(rows, seed=1) == [rows[2], rows[3]]
+    assert rows_of(rows, "end", rate=0.1) == [rows[0]]  # the other end has no rate
+    assert rows_of(rows, "end", seed=2) == []
 
 
 def numbers_in(tree):

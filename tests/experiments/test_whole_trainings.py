@@ -52,7 +52,7 @@ def test_a_constant_schedule_is_torch_s_sgd():
     found = laboratory.train(laboratory.shaped("constant", 0.05), 3)
     model = laboratory.network(3)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
-    for loss in laboratory.inner_losses(model, 3):
+    for loss in laboratory.inner_losses(model, laboratory.number(3)):
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
