@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arguments import check_pieces, whole
+from .arguments import both_learned, check_options_besides, check_pieces, whole
 from .calibration import calibrated_as, calibrated_cross_entropy
 from .double_backward import check_second_derivatives
 from .errors import ArgumentError, HypertorchWarning, UnsupportedError, warn
@@ -173,7 +173,7 @@ def from_any_start(
         piece.
     """
     check_pieces(optimizer, model, None, None, None, options.get("writer"))
-    _check_start(optimizer, model)
+    _check_start(optimizer, model, options)
     whole("steps", steps)
     check_criterion(criterion)
     check_criterion(outer_criterion, "outer_criterion")
@@ -185,7 +185,7 @@ def from_any_start(
     batches = first_batches(train_loader, "training", model, forward, steps=TRIAL_STEPS)
     judges = first_batches(validation_loader, "validation", model, forward, count=TRIAL_EXAMPLES)
     inner = BatchLosses(model, criterion, batches, forward)
-    few, cost, chosen = looked_at(inner), 0.0, {"outer": _rule(optimizer)} | _learned(options)
+    few, cost, chosen = looked_at(inner), 0.0, {"outer": _rule(optimizer)} | both_learned(options)
     if "engine" not in options:
         cost += _check_second_derivatives(inner)
         chosen |= {"engine": _engine(inner)} | _rhythm(options)
@@ -244,14 +244,22 @@ def _longest_trial(steps: int) -> int:
     return longest
 
 
-def _check_start(optimizer: torch.optim.Optimizer, model: nn.Module) -> None:
-    """Refuse a decay or a scheduler that does not fit; warn of a model in eval mode."""
+def _check_start(
+    optimizer: torch.optim.Optimizer, model: nn.Module, options: Mapping[str, Any]
+) -> None:
+    """Refuse options, a decay or a scheduler that do not fit; warn of a model in eval mode."""
+    check_options_besides(options, HyperOptimizer, {"optimizer", "model", "outer_loss"})
     shrinking_factors(optimizer, "from_any_start")
     if any({"max_lr", "swa_lr"} & set(group) for group in optimizer.param_groups):
         raise ArgumentError(
             "A scheduler with rates of its own is attached (OneCycleLR, CyclicLR, SWALR), which "
             "are no multiples of the η that is found. Attach it to what `from_any_start` returns, "
             'with `max_lr=optimizer.param_groups[0]["lr"]`.'
+        )
+    if any(group.get("maximize") for group in optimizer.param_groups):
+        raise UnsupportedError(
+            "`from_any_start` minimizes. Build the optimizer with `maximize=False`, and pass minus "
+            "what is to be maximized as `criterion`."
         )
     if not model.training:
         warn(
@@ -288,31 +296,6 @@ def _zero_allowed(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         for name in ("weight_decay", *["lr"] * (not any(rates))):
             warnings.filterwarnings("ignore", f"`{name}` starts at", HypertorchWarning)
         yield
-
-
-def _learned(options: dict[str, Any]) -> dict[str, Any]:
-    """Take η and λ out of the options, in the order of `MAX_STEPS`.
-
-    Raises:
-        ArgumentError: something else is to be learned.
-        UnsupportedError: one is to be learned finer than by param groups.
-    """
-    learn = options.pop("learn", ("lr", "weight_decay"))
-    names = {learn} if isinstance(learn, str) or not isinstance(learn, Iterable) else set(learn)
-    if names != {"lr", "weight_decay"}:
-        raise ArgumentError(
-            "`from_any_start` learns `lr` and `weight_decay`, both and nothing else. "
-            f"Got {learn!r}. For more, use `HyperOptimizer` with `search_lr`."
-        )
-    if isinstance(learn, Mapping):
-        for name, granularity in learn.items():
-            if granularity in ("tensor", "element") and "engine" not in options:
-                raise UnsupportedError(
-                    f'`from_any_start` learns `{name}` per "group", or "shared". '
-                    f'Got "{granularity}". For that pass `engine=FirstOrder()`, or `Unroll()`.'
-                )
-        return {"learn": {name: learn[name] for name in ("lr", "weight_decay")}}
-    return {"learn": ("lr", "weight_decay")}
 
 
 def _engine(inner: "BatchLosses") -> Engine:

@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from .double_backward import check_embeddings
+from .double_backward import check_modules
 from .dynamics import Dynamics, check_learnable
 from .errors import (
     ArgumentError,
@@ -16,6 +16,7 @@ from .errors import (
     check_count,
     did_you_mean,
     kind_of,
+    listed,
 )
 from .hypergradients import Engine, FiniteDifferences
 from .hyperparameters import Hyperparameter, held_as
@@ -59,7 +60,7 @@ def check_pieces(
         check_outer_loss(outer_loss)
     if engine is not None and not isinstance(engine, Engine):
         raise ArgumentTypeError(
-            f"`engine` must be an engine such as Unroll(). Got {type(engine).__name__}."
+            f"`engine` must be an engine such as Unroll(). Got {kind_of(engine)}."
         )
     if isinstance(engine, FiniteDifferences) and engine.entries is not None:
         raise ArgumentError(
@@ -78,7 +79,42 @@ def check_pieces(
         )
     _check_gradients_are_dense(model)
     if outer is not None and (engine is None or engine.differentiates_twice):
-        check_embeddings(model)
+        check_modules(model)
+
+
+def check_options_besides(options: Mapping[str, Any], wrapper: type, own: set[str]) -> None:
+    """Raise unless what `from_any_start` got besides its own arguments is for `wrapper`."""
+    known = [name for name in inspect.signature(wrapper).parameters if name not in own]
+    for name in options.keys() - known:
+        raise ArgumentTypeError(
+            f"`from_any_start` has no option `{name}`.{did_you_mean(name, known, own)} Options are "
+            f"{listed(known)}. The outer loss is made of `outer_criterion`."
+        )
+
+
+def both_learned(options: dict[str, Any]) -> dict[str, Any]:
+    """Take out of the options of `from_any_start` how η and λ are learned, in this order.
+
+    Raises:
+        ArgumentError: something else is to be learned.
+        UnsupportedError: one is to be learned finer than by param groups.
+    """
+    learn = options.pop("learn", ("lr", "weight_decay"))
+    names = {learn} if isinstance(learn, str) or not isinstance(learn, Iterable) else set(learn)
+    if names != {"lr", "weight_decay"}:
+        raise ArgumentError(
+            "`from_any_start` learns `lr` and `weight_decay`, both and nothing else. "
+            f"Got {learn!r}. For more, use `HyperOptimizer` with `search_lr`."
+        )
+    if isinstance(learn, Mapping):
+        for name, granularity in learn.items():
+            if granularity in ("tensor", "element") and "engine" not in options:
+                raise UnsupportedError(
+                    f'`from_any_start` learns `{name}` per "group", or "shared". '
+                    f'Got "{granularity}". For that pass `engine=FirstOrder()`, or `Unroll()`.'
+                )
+        return {"learn": {name: learn[name] for name in ("lr", "weight_decay")}}
+    return {"learn": ("lr", "weight_decay")}
 
 
 def check_outer_loss(outer_loss: Any) -> None:

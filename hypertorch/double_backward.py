@@ -10,6 +10,7 @@ autograd function whose backward has no graph has no counterpart, and is refused
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from threading import RLock
 from typing import Any, ClassVar, NoReturn
 
 import torch
@@ -19,6 +20,8 @@ from torch.nn.utils import parametrizations
 from torch.utils import checkpoint as torch_checkpoint
 
 from .errors import UnsupportedError
+
+Switch = Callable[[], AbstractContextManager[None]]
 
 
 class TwiceDifferentiable:
@@ -30,12 +33,17 @@ class TwiceDifferentiable:
 
     #: Who holds switches, which are thrown, and the way back once nobody does: of the process.
     _holders: ClassVar[list["TwiceDifferentiable"]] = []
-    _thrown: ClassVar[set[Callable[[], AbstractContextManager[None]]]] = set()
+    _thrown: ClassVar[set[Switch]] = set()
     _way_back: ClassVar[ExitStack] = ExitStack()
+
+    _lock: ClassVar[RLock] = RLock()  # optimizers may train in threads
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._switches = [
+
+    def _switches(self) -> list[Switch]:
+        """Return those that the model needs as it is now."""
+        switches: list[Switch] = [
             _math_attention,
             _eager,
             without_recomputation,
@@ -44,11 +52,12 @@ class TwiceDifferentiable:
             _refusing_once_differentiable,
             _refusing_without_graph,
         ]
-        if any(_is_weight_normalised(module) for module in model.modules()):
-            self._switches.append(_composite_weight_norm)
-        on_gpu = any(p.is_cuda for p in model.parameters())
-        if on_gpu and any(isinstance(module, nn.RNNBase) for module in model.modules()):
-            self._switches.append(_without_cudnn)
+        if any(_is_weight_normalised(module) for module in self._model.modules()):
+            switches.append(_composite_weight_norm)
+        on_gpu = any(p.is_cuda for p in self._model.parameters())
+        if on_gpu and any(isinstance(module, nn.RNNBase) for module in self._model.modules()):
+            switches.append(_without_cudnn)
+        return switches
 
     def hold(self) -> None:
         """Throw the switches, unless this object holds them already.
@@ -58,20 +67,22 @@ class TwiceDifferentiable:
         """
         if self in self._holders:
             return
-        check_embeddings(self._model)
-        for switch in self._switches:
-            if switch not in self._thrown:
-                self._way_back.enter_context(switch())
-                self._thrown.add(switch)
-        self._holders.append(self)
+        check_modules(self._model)
+        with self._lock:
+            for switch in self._switches():
+                if switch not in self._thrown:
+                    self._way_back.enter_context(switch())
+                    self._thrown.add(switch)
+            self._holders.append(self)
 
     def release(self) -> None:
         """Let go; the last one to do so switches everything back."""
-        if self in self._holders:
-            self._holders.remove(self)
-            if not self._holders:
-                self._thrown.clear()
-                self._way_back.pop_all().close()
+        with self._lock:
+            if self in self._holders:
+                self._holders.remove(self)
+                if not self._holders:
+                    self._thrown.clear()
+                    self._way_back.pop_all().close()
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -86,14 +97,20 @@ class TwiceDifferentiable:
 _EMBEDDINGS = (nn.Embedding, nn.EmbeddingBag)
 
 
-def check_embeddings(model: nn.Module) -> None:
+def check_modules(model: nn.Module) -> None:
     """Refuse what torch differentiates twice as if it were something else.
 
     Raises:
         UnsupportedError: names the module.
     """
     for name, module in model.named_modules():
-        owner = f"`{name}` ({type(module).__name__})"
+        owner = f"`{name}` ({type(module).__name__})" if name else "The model"
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedError(
+                f"{owner} is scripted, and torch's second derivatives of scripted modules are "
+                "wrong. Pass the module as it was written; or learn by `FirstOrder` or "
+                "`Displacement`, which need none."
+            )
         if getattr(module, "scale_grad_by_freq", False) is True:
             raise UnsupportedError(
                 f"{owner} has `scale_grad_by_freq=True`, which torch leaves out of second "

@@ -8,7 +8,7 @@ import numbers
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any
 
 
@@ -99,7 +99,9 @@ def listed(names: Iterable[str]) -> str:
     return ", ".join(sorted(names))
 
 
-def did_you_mean(name: str, available: Iterable[str]) -> str:
-    """Return `` Did you mean `x`?`` for the closest available name, or nothing."""
+def did_you_mean(name: str, available: Iterable[str], meant: Container[str] = ()) -> str:
+    """Return `` Did you mean `x`?`` for the closest available name, or nothing for one `meant`."""
+    if name in meant:
+        return ""
     close = difflib.get_close_matches(name, list(available), n=1)
     return f" Did you mean `{close[0]}`?" if close else ""

@@ -96,7 +96,11 @@ class Hyperparameter:
                 f"{_brief(value)} lies on the boundary, where its hypergradient vanishes."
             )
         raw = to_raw(inside, self.constraint).clone(memory_format=torch.contiguous_format)
-        self.raw = raw.requires_grad_()
+        known = getattr(self, "raw", None)
+        if known is not None and _kind(known) == _kind(raw):
+            known.detach().copy_(raw)  # an outer rule may hold it
+        else:
+            self.raw = raw.requires_grad_()
         self.refresh()
 
     @torch.no_grad()
@@ -239,6 +243,10 @@ def _as_tensor(value: Any, name: str) -> Tensor:
     except (TypeError, ValueError, RuntimeError) as error:
         raise ArgumentTypeError(f"`{name}` must be made of numbers. Got {value!r}.") from error
     return floating
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.dtype, tensor.device
 
 
 def _is_pair(bounds: Any) -> bool:

@@ -165,6 +165,7 @@ class OuterLoop:
             who = f"a window of {self.engine!r}"
             refuse_gradient_hooks(self.model, self.training.slots.params, who)
         self.safeguards.settle()
+        self.training = self._new_training()  # weights may have been tied, moved or replaced
         return self.engine.open(replace(self.training, start=self._remember()), self._carried)
 
     def cut_if_written_to(self, loss: Tensor | None) -> bool:
@@ -209,8 +210,9 @@ class OuterLoop:
             horizon, unforeseen = self._steps_in_window, self._open[0].unforeseen
             self.overhead += self.engine.cost(horizon, self.training) + unforeseen - horizon
             self.safeguards.settle()
-            schedule = self.groups.largest_schedule()
-            if cost := self.safeguards.judge_update(outer_loss, hypergradients, schedule):
+            called = self.training.called if self.engine.differentiates_outer_loss else ()
+            judged = outer_loss, hypergradients, self.groups.largest_schedule(), called
+            if cost := self.safeguards.judge_update(*judged):
                 self.overhead += cost
                 self.safeguards.check()
         except Diverged:
@@ -236,7 +238,7 @@ class OuterLoop:
 
     def roll_back(self, reason: Diverged) -> None:
         """Return to where the last window started, or the best one, with a lower η."""
-        self.training.slots.fill(self.training.slots.params)
+        self.training.slots.empty()
         self._forget_window()
         self._carried, self.position = None, 0
         self.safeguards.roll_back(reason, self.optimizer, self.hyperparameters)
@@ -265,6 +267,7 @@ class OuterLoop:
 
     def add_group(self, additions: Mapping[str, Setting]) -> None:
         """Take in the param group that was added last; the outer rule starts afresh."""
+        self._switches.release()  # its modules may need others
         self.groups.add_group(additions)
         self.training = self._new_training()
         place(self.hyperparameters.values(), self.optimizer)

@@ -105,7 +105,7 @@ class LearnedGroups:
         """Return Φ_t with the groups as they are now."""
         self._check_nobody_else_wrote()
         groups, schedule = self._groups, [self.schedule(g) for g in range(len(self._groups))]
-        return Transition(self.dynamics, [dict(g) for g in groups], self.settings, schedule)
+        return Transition(self.dynamics, [*map(_copied, groups)], self.settings, schedule)
 
     def publish(self) -> None:
         """Write what is learned into the groups, as numbers; one host synchronisation."""
@@ -245,6 +245,11 @@ def silent_unless(is_learning: bool) -> Iterator[None]:
         if not is_learning:
             warnings.simplefilter("ignore", HypertorchWarning)
         yield
+
+
+def _copied(group: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a param group as it is now: a scheduler writes in place to a rate that is a tensor."""
+    return {k: v.clone() if isinstance(v, Tensor) else v for k, v in group.items()}
 
 
 def _as_number(held: Any) -> Any:

@@ -5,7 +5,7 @@ window went wrong: weights, buffers and λ return to where it started, and η is
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,12 +16,19 @@ from .errors import Diverged, DivergenceError, Relapsed, check_count, check_numb
 from .hyperparameters import Hyperparameter
 from .probation import Probation
 from .snapshot import Snapshot
-from .state import State
+from .state import State, sign_of
 from .surroundings import ModuleBuffers
 
 #: s and the module buffers at one moment, ρ by name, and what the probation had seen.
 _Remembered = tuple[Snapshot, dict[str, Tensor], dict[str, Any]]
 
+
+#: What is said of a hyperparameter of the loss whose hypergradient is zero.
+UNUSED = (
+    "The hypergradient of `{name}` is exactly 0: neither the losses of the window nor the outer "
+    "loss depend on it as it is now. Call `{name}()` anew in every loss: an outer update makes it "
+    "another tensor."
+)
 
 #: Steps within which a look tells of the state that a checkpoint leaves to return to.
 LATELY = 90
@@ -61,6 +68,7 @@ class Safeguards:
         self.explosion, self.backoff, self.patience = explosion, backoff, patience
         self.rollbacks = 0
         self._in_a_row, self._has_warned = 0, False
+        self._sign = 1.0  # -1 where the inner loss is maximized: what must not rise is minus that
         self._is_back = False  # no loss has been seen since the last rollback
         self._steps = 0  # since the beginning, or the last rollback
         self.probation: Probation | None = None
@@ -98,7 +106,7 @@ class Safeguards:
         Raises:
             Diverged: a weight is not finite, although a former state was.
         """
-        snapshot = Snapshot(optimizer, module_buffers)
+        snapshot, self._sign = Snapshot(optimizer, module_buffers), sign_of(optimizer)
         if self.has_snapshot:
             norms = torch._foreach_norm(snapshot.state.params)
             if not all(map(math.isfinite, torch.stack([n.to(norms[0]) for n in norms]).tolist())):
@@ -153,6 +161,7 @@ class Safeguards:
             raise Diverged("the gradient of the inner loss is not finite")
         if loss is None:
             return
+        loss *= self._sign
         if not self._first:  # none yet, or zero, which says nothing of the loss's scale
             self._first = self._level = loss
         rise, scale = loss - self._level, max(abs(self._level), 0.1 * abs(self._first))
@@ -207,9 +216,19 @@ class Safeguards:
         self._is_best_known, self._stood = True, self._steps
 
     def judge_update(
-        self, outer_loss: Tensor, hypergradients: Mapping[str, Tensor], schedule: float
+        self,
+        outer_loss: Tensor,
+        hypergradients: Mapping[str, Tensor],
+        schedule: float,
+        called: Collection[str],
     ) -> float:
         """Return what a look will cost, 0 if the outer loss asks for none.
+
+        Args:
+            outer_loss: E.
+            hypergradients: dE/dλ by name.
+            schedule: the largest of the groups'.
+            called: names of what losses call; of one that none has called a warning tells.
 
         Raises:
             Diverged: the outer loss or a hypergradient is no usable number.
@@ -222,6 +241,8 @@ class Safeguards:
         for name, size in zip(hypergradients, sizes, strict=True):
             if not size < 1e15:
                 raise Diverged(f"the hypergradient of `{name}` reaches {size:.3g}")
+            if size == 0 and name in called:
+                warn(UNUSED.format(name=name))
         is_least, is_due = self.probation.hear(loss) if self.probation else (False, False)
         if self.probation and is_least and self._good:
             self._best = (*self._good[:2], self.probation.state_dict())

@@ -113,7 +113,15 @@ class Setting(Hyperparameter):
         return list(accumulate(sizes, initial=0))
 
     def of_group(self, group: int) -> Tensor | list[Tensor]:
-        """Return λ of one group: a scalar tensor, or a list with one tensor per parameter."""
+        """Return λ of one group: a scalar tensor, or a list with one tensor per parameter.
+
+        Raises:
+            ArgumentError: it is not learned there.
+        """
+        if not self.learned_in[group]:
+            raise ArgumentError(
+                f"`{self.name}` is not learned in param group {group}: its own number, 0, stays."
+            )
         if self.granularity == "shared":
             return self.value
         if self.granularity == "group":

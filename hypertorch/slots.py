@@ -102,6 +102,7 @@ class Slots:
                 if param is not None and param in places:
                     places[param].append((module, name))
         self._places = list(places.values())
+        self._held = list(self.params)
 
     def check(self) -> None:
         """Raise if a parameter has no slot: the model is another one, or in a window of another.
@@ -123,12 +124,31 @@ class Slots:
             )
 
     def fill(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Put `tensors` into the model; return them as it now holds them."""
+        """Put `tensors` into the model; return them as it now holds them.
+
+        Raises:
+            WindowError: somebody has put something else there since.
+        """
+        for before, slots in zip(self._held, self._places, strict=True):
+            for module, name in slots:
+                if module._parameters.get(name) is not before:
+                    what = f"Replacing a weight (`{name}` of a {type(module).__name__})"
+                    raise WindowError(_NOT_IN_A_WINDOW.format(what))
         held = [t if t is p else _fast(t, p) for t, p in zip(tensors, self.params, strict=True)]
         for tensor, slots in zip(held, self._places, strict=True):
             for module, name in slots:
                 module._parameters[name] = tensor  # type: ignore[assignment]
+        self._held = held
         return held
+
+    def empty(self) -> None:
+        """Put each live parameter where the model holds a fast weight of it, wherever that is."""
+        own = set(self.params)
+        for module in self.model.modules():
+            for name, held in module._parameters.items():
+                if isinstance(held, FastParameter) and held.live in own:
+                    module._parameters[name] = held.live
+        self._held = list(self.params)
 
     def hand_back(self, tensors: Sequence[Tensor]) -> None:
         """Put the live parameters back, with the values of `tensors`."""
@@ -136,10 +156,11 @@ class Slots:
             for param, tensor in zip(self.params, tensors, strict=True):
                 if tensor is not param:
                     param.copy_(tensor)
-        self.fill(self.params)
+        self.empty()
 
 
 def _fast(tensor: Tensor, live: Tensor) -> Tensor:
     fast = tensor.as_subclass(FastParameter)
+    fast.__dict__.update(vars(live))
     fast.live = live
     return fast

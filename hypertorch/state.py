@@ -27,6 +27,11 @@ def base_rate(group: Mapping[str, Any]) -> Any:
     return group.get("initial_lr", group["lr"])
 
 
+def sign_of(optimizer: torch.optim.Optimizer) -> float:
+    """Return −1 where every param group maximizes the inner loss, else 1."""
+    return -1.0 if all(group.get("maximize") for group in optimizer.param_groups) else 1.0
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return torch's count of the writes to each tensor in place."""
     return [t._version for t in tensors]

@@ -19,7 +19,7 @@ from .inner_loss import checked, one_batch
 from .optimizer import HyperOptimizer
 from .param_groups import LearnedGroups
 from .settings import Setting
-from .state import set_gradients
+from .state import set_gradients, sign_of
 from .surroundings import leaving_no_trace
 from .transition import gradients
 
@@ -280,9 +280,10 @@ class _Search:
             groups = LearnedGroups(self.optimizer.optimizer, self.optimizer.hyperparameters)
             groups.start()
             params, losses = self.optimizer._params(), list[float]()
+            sign = sign_of(self.optimizer.optimizer)
             for inner_loss in inner:
                 loss = inner_loss()
-                losses.append(loss.item())
+                losses.append(sign * loss.item())
                 if not losses[-1] <= RUINED * self.usual:
                     losses[-1] = math.inf
                     self.cost += 1 / 3

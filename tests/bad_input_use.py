@@ -447,6 +447,16 @@ USE = [
         )
         for got in (None, 5)
     ],
+    *[
+        type_error(
+            f"a start with an option {name!r}",
+            start_anywhere(**{name: mse}),
+            f"`from_any_start` has no option `{name}`.{guess} Options are engine, learn, outer, "
+            "safeguards, steps_per_epoch, update_every, window, writer. The outer loss is made of "
+            "`outer_criterion`.",
+        )
+        for name, guess in (("windows", " Did you mean `window`?"), ("outer_loss", ""))
+    ],
     value_error(
         "a start with no steps between updates",
         start_anywhere(update_every=0, outer_criterion=mse),

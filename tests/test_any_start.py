@@ -510,6 +510,13 @@ def test_batches_of_lists_are_as_large_as_their_lists():
     assert costs[0] == costs[1]
 
 
+def test_an_optimizer_that_maximizes_is_refused():
+    model, (train, validation) = network(), loaders()
+    sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3, maximize=True)
+    with pytest.raises(hypertorch.UnsupportedError, match="Build the optimizer with `maximize=Fa"):
+        from_any_start(sgd, model, cross_entropy, train, validation, 100)
+
+
 def test_what_cannot_start_is_refused():
     model, (train, validation) = network(), loaders()
     sgd = torch.optim.SGD(model.parameters(), lr=0.1, weight_decay=1e-3)

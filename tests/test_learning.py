@@ -1,6 +1,7 @@
 """Real training with all that can be learned: granularities, groups, losses, two at once."""
 
 import gc
+from functools import partial
 
 import pytest
 import torch
@@ -59,6 +60,39 @@ def test_losses_of_one_entry_are_scalars(engine):
         assert optimizer.outer_loss_value.shape == ()
         found.append(dict(optimizer.hypergradients))
     assert_identical(found[1], found[0])
+
+
+def test_a_hyperparameter_that_was_called_before_the_loop_is_told_of():
+    """After the first update it is another tensor, and what was called is a constant."""
+    model, data = mlp(), batches(6)
+    alpha = Hyperparameter(torch.tensor(0.5, dtype=torch.float64), name="alpha")
+    called = alpha()
+    optimizer = wrapped(two_groups(model), model, learn=["lr", alpha], window=3, update_every=3)
+    for x, y in data[:3]:
+        optimizer.step(called * mse(model(x), y))
+    assert optimizer.hypergradients["alpha"] != 0
+    with pytest.warns(
+        hypertorch.HypertorchWarning, match=r"`alpha` is exactly 0.*`alpha\(\)` anew"
+    ):
+        for x, y in data[3:]:
+            optimizer.step(called * mse(model(x), y))
+    assert optimizer.hypergradients["alpha"] == 0
+
+
+def test_a_hyperparameter_that_is_set_learns_on():
+    model, alpha = mlp(), Hyperparameter(0.5, hypertorch.unit_interval, name="alpha")
+    adam = partial(torch.optim.Adam, lr=0.01)
+    optimizer = wrapped(
+        two_groups(model), model, learn=["lr", alpha], window=1, update_every=1, outer=adam
+    )
+    values = []
+    for t, (x, y) in enumerate(batches(12)):
+        if t == 4:
+            alpha.set(torch.tensor(0.2, dtype=torch.float64))
+        optimizer.step(alpha() * mse(model(x), y))
+        values.append(alpha().item())
+    assert abs(values[4] - 0.2) < 0.05
+    assert len(set(values)) == 12
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)

@@ -71,7 +71,7 @@ class Average:
             try:
                 yield slots.fill(leaves)
             finally:
-                slots.fill(slots.params)
+                slots.empty()
 
     def carried(self) -> Carried:
         """Return what the next window needs."""

@@ -65,6 +65,12 @@ class Training:
         return {n: h for n, h in self.hyperparameters.items() if not isinstance(h, Setting)}
 
     @property
+    def called(self) -> set[str]:
+        """The names of those that losses alone use, as a whole: they must call them."""
+        whole = {n for n, h in self.in_loss.items() if not (h.is_indexed and h.value.dim())}
+        return whole - self.in_dynamics.keys()
+
+    @property
     def in_dynamics(self) -> dict[str, set[str]]:
         """What each hyperparameter that Φ uses is called: its name, and its keys in a group."""
         groups = self.optimizer.param_groups

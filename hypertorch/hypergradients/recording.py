@@ -168,7 +168,7 @@ class Recording:
             try:
                 yield
             finally:
-                self.training.slots.fill(self.training.slots.params)
+                self.training.slots.empty()
 
     def check(self, losses: Iterable[Tensor], first: int = 0) -> None:
         """Raise if steps, made again with the same λ, had other losses.

@@ -636,6 +636,7 @@ def test_a_resumed_run_is_the_run_that_went_on(stop, persistent):
     assert_identical(weights(again), weights(model))
 
 
+@pytest.mark.filterwarnings("ignore:The hypergradient of `rate` is exactly 0")
 @pytest.mark.parametrize("wrote", [Evolution(3, persistent=True), Evolution(2), None], ids=repr)
 def test_a_checkpoint_of_another_engine_or_number_of_particles_starts_them_anew(wrote):
     """Only the generator goes on, as if nothing else were there."""
