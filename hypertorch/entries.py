@@ -4,7 +4,7 @@ Autograd writes the gradient of `weights()[rows]` out as a vector of λ's size, 
 step of a window: with a weight for each of a million examples that is most of what they cost.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -76,6 +76,14 @@ def dense(found: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the same dictionary, in which no tensor is sparse any longer."""
     found.update({name: value.to_dense() for name, value in found.items()})
     return found
+
+
+def settled(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the same, in which a sparse tensor names each entry once, and has some."""
+    return {
+        name: g.coalesce() if g.is_sparse and g._nnz() > 0 else g.to_dense()
+        for name, g in found.items()
+    }
 
 
 def entries(value: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Vectors differentiated where they are indexed alone, against ordinary tensors, FD and Replay."""
+"""Vectors differentiated where they are indexed alone, against ordinary tensors and FD."""
 
 import copy
 import gc
@@ -118,6 +118,13 @@ def rows_of(step, size=8):
     return torch.randint(-50, 50, (size,), generator=generator)  # with repetitions, from both ends
 
 
+class Whole(Unroll):
+    """`Unroll`, which takes every gradient as a whole vector."""
+
+    def prepare(self, training):
+        return None
+
+
 def wrapped(model, constraint=hypertorch.positive, start=0.9, engine=None, **options):
     value = start + 0.05 * torch.rand(COUNT, generator=torch.Generator().manual_seed(3)).double()
     example_weights = Hyperparameter(value, constraint, name="weights")
@@ -141,17 +148,17 @@ def train(model, optimizer, example_weights, steps, first=0):
 
 
 @pytest.mark.parametrize(("constraint", "start"), RANGES.values(), ids=RANGES)
-def test_training_is_what_it_is_without(constraint, start):
-    """Replay takes every gradient as a whole vector."""
+@pytest.mark.parametrize("engine", [Unroll(), Replay(), Replay(spacing=None)], ids=repr)
+def test_training_is_what_it_is_without(engine, constraint, start):
     ends = []
-    for engine in (Unroll(), Replay()):
+    for each in (engine, Whole()):
         model = mlp()
-        optimizer, example_weights = wrapped(model, constraint, start, engine)
+        optimizer, example_weights = wrapped(model, constraint, start, each)
         train(model, optimizer, example_weights, 13)
         found = optimizer.hypergradients["weights"]
         assert found.shape == (COUNT,) and found.layout == torch.strided
         ends.append([found, example_weights().detach(), *weights(model)])
-        assert (type(example_weights()) is Entries) == isinstance(engine, Unroll)
+        assert (type(example_weights()) is Entries) == (each is engine)
     assert ends[0][0].count_nonzero() > 10
     torch.testing.assert_close(*ends, rtol=1e-10, atol=1e-13)
 
@@ -159,7 +166,7 @@ def test_training_is_what_it_is_without(constraint, start):
 def test_the_functional_form_leaves_a_vector_the_leaf_that_it_was():
     model, (x, y) = mlp(), batches(1)[0]
     seen = []
-    for engine, kind in ((None, torch.Tensor), (Replay(), torch.Tensor), (Unroll(), Entries)):
+    for engine, kind in ((None, torch.Tensor), (Whole(), torch.Tensor), (Replay(), Entries)):
         learns = {"engine": engine} if engine else {"outer": None}
         optimizer, example_weights = wrapped(model, **learns)
         before = example_weights()
@@ -178,7 +185,7 @@ def test_the_functional_form_leaves_a_vector_the_leaf_that_it_was():
 
 
 def test_a_check_changes_nothing():
-    optimizer, example_weights = wrapped(mlp(), engine=Replay())
+    optimizer, example_weights = wrapped(mlp(), engine=Whole())
     Unroll().check(optimizer._loop.training)
     assert type(example_weights()) is torch.Tensor
 

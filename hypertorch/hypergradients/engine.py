@@ -78,6 +78,11 @@ class Training:
         held = {n: {n, *own} for n, own in keys.items() if own}
         return {n: {n} for n in self.settings} | held
 
+    def expect_rows(self) -> None:
+        """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
+        for h in self.in_loss.values():
+            h.expect_rows()
+
     def values(self) -> dict[str, Tensor]:
         """Return λ by name: leaves."""
         return {name: h.value for name, h in self.hyperparameters.items()}

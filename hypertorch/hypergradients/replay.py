@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..entries import settled, sparse_gradients
 from ..errors import check_number
 from ..state import Parts, State, by_place
 from ..surroundings import ModuleBuffers
@@ -66,6 +67,10 @@ class Replay(Engine):
             expected = "a whole number of steps, at least 1, or None"
             check_number("`spacing` of Replay", spacing, expected, lambda n: n >= 1, int)
         self.spacing = spacing
+
+    def prepare(self, training: Training) -> None:
+        """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
+        training.expect_rows()
 
     def open(self, training: Training, carried: Carried | None = None) -> "ReplayedWindow":
         """Start a recording at the present weights and buffers."""
@@ -187,10 +192,11 @@ class ReplayedWindow(LiveWindow):
             adjoint, end = by_place(at_end), len(self._recording)
             after = State.of(self.training.optimizer)
             for start in sorted(self._stored, reverse=True):
-                adjoint, found = self._through_segment(start, end, after, adjoint)
+                with sparse_gradients():
+                    adjoint, found = self._through_segment(start, end, after, adjoint)
                 total, end, after = added(total, found), start, self._stored.pop(start).state
                 del self._module_buffers[start:]
-            return loss, completed(total, values)
+            return loss, settled(completed(total, values))
 
     def _through_segment(
         self, start: int, end: int, after: State, adjoint: Parts
@@ -335,7 +341,7 @@ class ReplayedWindow(LiveWindow):
 
     def _linearised(self, t: int, state: State, loss: Tensor) -> Linearised:
         transition = self._recording.transition(t)
-        return Linearised(transition, state, loss, self.training.hyperparameters)
+        return Linearised(transition, state, loss, self.training.settings)  # no ∂L/∂λ besides
 
     def close(self) -> Carried | None:
         """Forget the states."""

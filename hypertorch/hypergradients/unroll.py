@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..double_backward import seed
 from ..dynamics import unrolled
-from ..entries import sparse_gradients
+from ..entries import settled, sparse_gradients
 from ..errors import WindowError
 from ..loss_graph import LossGraph
 from ..state import CONSTANT, State, by_place, set_state
@@ -52,8 +52,7 @@ class Unroll(Engine):
 
     def prepare(self, training: Training) -> None:
         """Let a λ of many numbers in the loss be differentiated where it is indexed alone."""
-        for h in training.in_loss.values():
-            h.expect_rows()
+        training.expect_rows()
 
     def open(self, training: Training, carried: Carried | None = None) -> "UnrolledWindow":
         """Start at the present weights and buffers."""
@@ -161,7 +160,7 @@ class UnrolledWindow(Window):
             if any(symptom in str(error) for symptom in _GRAPH_IS_BROKEN):
                 raise _broken_graph() from error
             raise
-        return loss.detach(), {n: _settled(found) for n, found in completed(total, values).items()}
+        return loss.detach(), settled(completed(total, values))
 
     def close(self) -> Carried | None:
         """Write the fast weights and buffers to the live parameters and optimizer."""
@@ -173,11 +172,6 @@ class UnrolledWindow(Window):
 def _leaf(part: Tensor) -> Tensor:
     """Return a part of s_t cut from its graph, if it has one."""
     return part if part.is_leaf else part.detach().requires_grad_()
-
-
-def _settled(gradient: Tensor) -> Tensor:
-    has_entries = gradient.is_sparse and gradient._nnz() > 0
-    return gradient.coalesce() if has_entries else gradient.to_dense()
 
 
 #: How torch says that a tensor of the graph was written to, or its graph freed.
