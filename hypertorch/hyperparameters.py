@@ -42,7 +42,7 @@ class Hyperparameter:
         bounds: `(lower, upper)` in λ's units; an outer update never leaves them. `None`: none.
 
     Cost: with one number for each of many training examples, on a CPU, `weights()[rows]` costs a
-    window of `Unroll` no more than its rows do, where `rows` is a tensor of int64.
+    window of `Unroll` or `Replay` no more than its rows do, where `rows` is a tensor of int64.
 
     Raises:
         ArgumentError: `value` or `bounds` lie outside `constraint`, `bounds` are not ordered, or

@@ -4,6 +4,7 @@ import copy
 import functools
 import pickle
 import random
+from collections import UserList
 
 import numpy
 import pytest
@@ -16,8 +17,8 @@ import hypertorch
 from hypertorch import ValidationLoss
 
 
-class Notes(list):
-    """A list of ours: a plain one that a module keeps is put back."""
+class Notes(UserList):
+    """An object that holds a list: a list itself that a module keeps is put back."""
 
 
 class Recorder(nn.Module):
