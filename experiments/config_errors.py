@@ -51,6 +51,13 @@ def explained(folder: Path) -> Iterator[None]:
         raise ConfigError(_unreadable(error.override, folder)) from None
     except HydraException as error:
         raise ConfigError(_bad_setting(error, folder)) from None
+    except ValueError as error:
+        if not str(error).startswith("Config group override must be"):  # what Hydra says of null
+            raise
+        raise ConfigError(
+            f"{COMMAND_LINE}: `GROUP=null` chooses nothing from a group. Name a choice, or leave "
+            "it out."
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(_bad_yaml(error)) from None
 
@@ -111,10 +118,12 @@ def _bad_setting(error: HydraException, folder: Path) -> str:
         if group in schema.TRAINING and f"object_type={schema.StudyRunConfig.__name__}" in text:
             option = f"{group}={choice}"
             return f"{COMMAND_LINE}: this experiment does not use `{group}`. Leave `{option}` out."
-        added = re.search(r"use (\+\S+)", text)
+        added = re.search(r"use \+(.+)", text)  # Hydra's hint: the whole override
         is_open = "object_type=dict" in text and key[1].count(".") > 1  # a dict within a group
         if added and is_open:
-            return f"{where}: `{key[1]}` has not been set so far. To add it: `{added[1]}`."
+            fits = added[1].startswith((f"{key[1]}=", f"{key[1]}."))  # or it sets another key too
+            setting = added[1] if fits else f"{key[1]}=…"
+            return f"{where}: `{key[1]}` has not been set so far. To add it: `+{setting}`."
         return f"{where}: {_unknown_key(key[1], _siblings(text))}"
     return f"{where}: `{key[1]}`{_of_another_kind(key[1], text) or f': {_complaint(text)}'}"
 
@@ -124,7 +133,8 @@ def _of_another_kind(key: str, text: str) -> str | None:
     found = re.search(r"Cannot (merge|assign) .*", text)
     if found and re.search(r"to Dict\[|with ListConfig", found[0]) and "Dict[" in text:
         return MAPPINGS.get(key, f" maps names to values: `{key}.NAME=VALUE`.")
-    if found and re.search(r"reference_type=(List|Tuple)", text):
+    is_list = found and re.search(r"reference_type=(List|Tuple)", text)
+    if is_list or "is not a ListConfig, list or tuple" in text:
         return f" is a list: `{key}=[…]`."
     return None
 

@@ -64,7 +64,7 @@ class Laboratory:
 
     def __init__(self, name: str, images: int, settings: CleaningConfig, seed: int) -> None:
         sizes = {"train_size": images, "validation_size": images, "test_size": 2 * images}
-        files = {"root": settings.root, "archives": settings.archives}
+        files = {"root": settings.root, "archives": settings.archives, "group": "study"}
         load = functools.partial(DATA[name], **sizes, split_seed=seed)
         if name == "fashion_mnist":
             load = functools.partial(load, **files)

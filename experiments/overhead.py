@@ -8,19 +8,26 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
 import hypertorch
+from experiments.config_errors import ConfigError
+from experiments.config_values import make_folder
 from experiments.overhead_engines import Plan, Point, heading, row, save, sparse_ratios, targets
 from experiments.overhead_engines import measure as measure_engines
 from experiments.overhead_setups import MODELS, Bench, repeated, timings
+
+# What is measured unless the command line says otherwise, by mode.
+PAIRS: dict[str, Any] = {"rounds": 20, "horizons": [5, 10], "block": 10, "warm_up": 5}
+ENGINES: dict[str, Any] = {"seconds": 3.0, "longest": 1024, "folder": Path("runs/overhead")}
 
 
 class Line(NamedTuple):
@@ -91,6 +98,56 @@ def as_json(lines: Sequence[Line], device: torch.device) -> str:
     return json.dumps({"device": device.type, **ratios})
 
 
+def parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """Every option of the mode that is asked for; exits with status 2 for one that is wrong.
+
+    Args:
+        arguments: of the command line.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, argument_default=argparse.SUPPRESS, allow_abbrev=False
+    )
+    parser.add_argument("--engines", action="store_true", help="every engine, against K")
+    pairs = parser.add_argument_group("without --engines")
+    pairs.add_argument("--rounds", type=_from(1), help="timings of each window (20)")
+    pairs.add_argument("--horizons", type=_from(1), nargs="+", help="lengths of window (5 10)")
+    pairs.add_argument("--block", type=_from(1), help="steps timed together (10)")
+    pairs.add_argument("--warm-up", type=_from(0), help="runs before the clock starts (5)")
+    engines = parser.add_argument_group("with --engines")
+    engines.add_argument("--seconds", type=_from(0, float), help="per point (3)")
+    engines.add_argument("--longest", type=_from(1), help="the largest K (1024)")
+    engines.add_argument("--folder", type=Path, help="of table and plot (runs/overhead)")
+    given = vars(parser.parse_args(arguments))
+    is_engines = given.pop("engines", False)
+    used = ENGINES if is_engines else PAIRS
+    for name in given:
+        if name not in used:
+            option = f"--{name.replace('_', '-')}"
+            parser.error(
+                f"{option} is only for a call {'without' if is_engines else 'with'} --engines"
+            )
+    options = {**used, **given, "engines": is_engines}
+    if is_engines:
+        try:
+            make_folder(options["folder"], "--folder")
+        except ConfigError as error:
+            parser.error(str(error))
+    return argparse.Namespace(**options)
+
+
+def _from(least: int, kind: type[int] | type[float] = int) -> Callable[[str], float]:
+    """What argparse reads a finite number by that is not below the least."""
+
+    def number(text: str) -> float:
+        value = kind(text)
+        if not least <= value < math.inf:
+            raise argparse.ArgumentTypeError(f"got {text}: choose {least} or more")
+        return value
+
+    number.__name__ = kind.__name__  # in argparse's message about what is no number
+    return number
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, print the table, and end with one line of JSON.
 
@@ -100,16 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit status, 0.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=20, help="timings of each window")
-    parser.add_argument("--horizons", type=int, nargs="+", default=[5, 10])
-    parser.add_argument("--block", type=int, default=10, help="steps timed together")
-    parser.add_argument("--warm-up", type=int, default=5)
-    parser.add_argument("--engines", action="store_true", help="every engine, against K")
-    parser.add_argument("--seconds", type=float, default=3.0, help="per point, with --engines")
-    parser.add_argument("--longest", type=int, default=1024, help="K, with --engines")
-    parser.add_argument("--folder", type=Path, default=Path("runs/overhead"))
-    options = parser.parse_args(arguments)
+    options = parsed(arguments)
     torch.set_num_threads(1)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if options.engines:

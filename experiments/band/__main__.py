@@ -14,6 +14,7 @@ from experiments.band.plan import Plan
 from experiments.band.summary import comparisons, summary_text, write_summary
 from experiments.band.table import Table, write_csv
 from experiments.band.work import do_all
+from experiments.config_errors import ConfigError
 from experiments.config_values import make_folder
 from experiments.exit_status import with_exit_status
 from experiments.resuming import Interrupted
@@ -23,7 +24,7 @@ HELP = f"""python -m experiments.band [tier={TIERS}] [task=NAME] [methods=[NAME,
 
 Trains from every start by every method, goes on where it stopped, and compares with the grid.
 tier.size.seeds=[0,1,2] sets the seeds of all tasks, workers=2 the processes, root=FOLDER where
-rows are.
+rows are. report=[CODE,…] runs nothing, and compares the rows that are there.
 Tasks, methods and all keys: configs/band/ and experiments/band/README.md."""
 
 
@@ -62,6 +63,8 @@ def compare(overrides: list[str]) -> str:
     config = load_band(overrides)
     plan = Plan(config, load_tasks(overrides))
     root = Path(config.root)
+    if config.report is not None:
+        return report_on_finished(plan, config.report, root)
     make_folder(root, "root")
     table = Table(root / "rows.jsonl")
     try:
@@ -69,6 +72,36 @@ def compare(overrides: list[str]) -> str:
     except KeyboardInterrupt:
         raise Interrupted("Stopped. The same command goes on.") from None
     return report(plan, table, root / config.tier.name)
+
+
+def report_on_finished(plan: Plan, codes: Sequence[str], root: Path) -> str:
+    """Report on the rows that there are, and run nothing.
+
+    Args:
+        plan: of the call.
+        codes: whose rows of the library's own count; the first that has a run counts.
+        root: the folder of the rows.
+
+    Returns:
+        The summary as text, and how much of the plan is missing.
+
+    Raises:
+        ConfigError: if there are no rows, or none of a code or of the plan.
+    """
+    path = root / "rows.jsonl"
+    if not path.is_file():
+        raise ConfigError(f"There is no `{path}` to report on. Choose another `root`.")
+    table = Table(path)
+    table.adopt(codes, plan.code)
+    planned = plan.all_known()
+    missing = sum(run not in table.rows for run in planned)
+    if missing == len(planned):
+        raise ConfigError(
+            f"`{path}` has none of the {missing} runs of the plan. Choose other methods, tasks, "
+            "seeds, or another code for `report`."
+        )
+    text = report(plan, table, root / plan.config.tier.name)
+    return f"{text}\n{missing} of the {len(planned)} runs (without TPE's) are missing."
 
 
 def report(plan: Plan, table: Table, folder: Path) -> str:
@@ -83,9 +116,10 @@ def report(plan: Plan, table: Table, folder: Path) -> str:
         The summary as text.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    keys = dict.fromkeys(run for at in plan.settings() for run in plan.known(at))
-    write_csv([table.rows[run] for run in keys if run in table.rows], folder / "table.csv")
-    made = comparisons(plan, table.rows)
+    write_csv(
+        [table.rows[run] for run in plan.all_known() if run in table.rows], folder / "table.csv"
+    )
+    made = [comparison for comparison in comparisons(plan, table.rows) if comparison.groups()]
     lines = [comparison.line(group) for comparison in made for group in comparison.groups()]
     write_summary(lines, folder / "summary.csv")
     if not made:

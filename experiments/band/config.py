@@ -40,7 +40,8 @@ def load_band(overrides: list[str], folder: Path = BAND_FOLDER) -> BandConfig:
             store.store(group=group, name=f"{choice}_schema", node=node)
     config = composed("band", overrides, folder)
     check_keys(config)
-    missing = sorted(OmegaConf.missing_keys(config))
+    taken = {key for key in BandConfig.__dataclass_fields__ if key not in config} - {"defaults"}
+    missing = sorted(taken | OmegaConf.missing_keys(config))
     if missing:
         raise ConfigError(f"command line: `{missing[0]}` has no value. Give it one.")
     tasks = [path.stem for path in (folder / "task").glob("*.yaml")]
@@ -84,7 +85,10 @@ def load_tasks(overrides: list[str], folder: Path = BAND_FOLDER) -> dict[str, Ta
         return {config.task.name: config.task}
     names = list(config.tier.tasks)
     check_names("tier.tasks", names)
-    return {name: load_band([*overrides, f"task={name}"], folder).task for name in names}
+    tasks = {name: load_band([*overrides, f"task={name}"], folder).task for name in names}
+    if None in tasks.values():
+        raise ConfigError("command line: `~task` leaves no task to run. Leave it out.")
+    return tasks
 
 
 def size_of(config: BandConfig, task: str) -> SizeConfig:

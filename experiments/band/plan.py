@@ -56,7 +56,7 @@ class Plan:
         check_names("tier.bases", config.tier.bases, BASES)
         self.sizes = {name: size_of(config, name) for name in tasks}
         self._ids = {name: fingerprint(task) for name, task in tasks.items()}
-        self._code = code_of_library()
+        self.code = code_of_library()
         if not any(self.settings()):
             bases = ", ".join(config.tier.bases)
             raise ConfigError(
@@ -74,7 +74,7 @@ class Plan:
         self, at: Setting, method: str, schedule: str, lr: float | None, weight_decay: float | None
     ) -> Run:
         """The key of one run."""
-        code = self._code if METHODS[method].is_own else ""
+        code = self.code if METHODS[method].is_own else ""
         return Run(
             at.task, self._ids[at.task], at.seed, at.base, method, schedule, lr, weight_decay, code
         )
@@ -129,13 +129,19 @@ class Plan:
         searches = [*self.grid(at), *self.random(at), self.adamw_default(at)]
         return list(dict.fromkeys([*searches, *starts] if FIXED in self.methods else starts))
 
+    def all_known(self) -> list[Run]:
+        """Those of every setting, each once."""
+        return list(dict.fromkeys(run for at in self.settings() for run in self.known(at)))
+
     def jobs(self, done: Collection[Run]) -> list[Job]:
         """What is left to do, TPE's studies first: they cannot be split."""
         studies, others = [], []
+        done = set(done)
         for at in self.settings():
             if self.sizes[at.task].tpe and FIXED in self.methods:
                 studies.append(Job("tpe", at, ()))
             due = [run for run in self.known(at) if run not in done]
+            done.update(due)  # what does not wrap a base is known to the other one too
             others += self._together(at, [run for run in due if run.method == FIXED])
             others += [Job("one", at, (run,)) for run in due if run.method != FIXED]
         return [*studies, *others]

@@ -142,6 +142,7 @@ class BandConfig:
     sgd: GridConfig = field(default_factory=_sgd_grid)
     adamw: GridConfig = field(default_factory=_adamw_grid)
     methods: list[str] | None = None  # None: all of the tier
+    report: list[str] | None = None  # run nothing; the library's own rows are of these codes
     workers: int = 2
     root: str = "runs/band"
 

@@ -13,6 +13,9 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import OmegaConf
 
 from experiments.band.optimal_decay import is_near, optimal_decays
 from experiments.band.plan import FIXED, Plan, Setting
@@ -225,7 +228,10 @@ class Comparison:
         """λ* by seed and criterion, where the task is convex and λ acts as in the loss: SGD."""
         if self.base != "sgd":
             return {}
-        problems = (problem_of(self.plan.tasks[self.task], seed) for seed in self.seeds)
+        task = self.plan.tasks[self.task]
+        if OmegaConf.select(cast(Any, task.model), "hidden") != []:
+            return {}  # without a look at its data, which a report can do without
+        problems = (problem_of(task, seed) for seed in self.seeds)
         found = {problem.seed: optimal_decays(problem) for problem in problems}
         return {seed: decays for seed, decays in found.items() if decays}
 

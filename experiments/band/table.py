@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable
-from dataclasses import asdict
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from experiments.band.rows import Row, Run
+from experiments.config_errors import ConfigError
 
 NOT_IN_CSV = ("history",)
 
@@ -45,6 +46,23 @@ class Table:
         with self.path.open("a") as file:
             file.write(row.to_json() + "\n")
 
+    def adopt(self, codes: Sequence[str], code: str) -> None:
+        """Count the library's own rows as of another code; in the file they stay what they are.
+
+        Args:
+            codes: theirs; where several have a row of the same run, the first counts.
+            code: that they count as of.
+
+        Raises:
+            ConfigError: for a code that no row has.
+        """
+        check_codes(codes, {run.code for run in self.rows if run.code})
+        own = {run: row for run, row in self.rows.items() if run.code}
+        self.rows = {run: row for run, row in self.rows.items() if not run.code}
+        for older in reversed(codes):
+            of_code = {run: row for run, row in own.items() if run.code == older}
+            self.rows |= {replace(run, code=code): row for run, row in of_code.items()}
+
     def _finish_last_line(self) -> None:
         with self.path.open("rb+") as file:
             if file.seek(0, 2) == 0:
@@ -52,6 +70,24 @@ class Table:
             file.seek(-1, 2)
             if file.read(1) != b"\n":
                 file.write(b"\n")
+
+
+def check_codes(codes: Iterable[str], known: Collection[str]) -> None:
+    """Refuse a code that no row has.
+
+    Args:
+        codes: those asked for.
+        known: those there are.
+
+    Raises:
+        ConfigError: for the first such code.
+    """
+    for code in codes:
+        if code not in known:
+            there = f"Available: {', '.join(sorted(known))}" if known else "There are none"
+            raise ConfigError(
+                f"`report`: no row of the library's own is of the code `{code}`. {there}."
+            )
 
 
 def write_csv(rows: Iterable[Row], path: Path) -> None:

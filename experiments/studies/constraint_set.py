@@ -273,9 +273,10 @@ def _trainings_to(run: Sequence[Row], target: float) -> int:
 def _sentences(found: dict[str, Any], settings: ConstraintSetConfig) -> list[str]:
     def said(run: str, own: dict[str, Any]) -> str:
         reached = own["trainings_to_target"]
+        trainings = ", ".join(str(number or "–") for number in reached)
         return (
             f"{run}: {own['runs_that_reach_it']} of {len(reached)} come within "
-            f"{settings.target:g}, after {reached} trainings; excess {own['excess']['mean']:.1g}"
+            f"{settings.target:g}, after {trainings} trainings; excess {own['excess']['mean']:.1g}"
         )
 
     sentences = []

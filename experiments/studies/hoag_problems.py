@@ -271,6 +271,7 @@ def problems(
             validation_size=images,
             test_size=1,
             split_seed=seed,
+            group="study",
         )
         found["fashion_mnist"] = multinomial(pooled(task))
     except FileNotFoundError as error:

@@ -1,6 +1,5 @@
 """The benchmark at a tiny size: its arithmetic, its table, and going on where it stopped."""
 
-import csv
 import math
 from dataclasses import asdict, replace
 from types import SimpleNamespace
@@ -8,7 +7,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from experiments.band.__main__ import report
 from experiments.band.config import load_band, load_tasks, size_of
 from experiments.band.many import train_many
 from experiments.band.methods import METHODS
@@ -161,6 +159,11 @@ BAD = {
     "task.bases=[adamw]": "No task has a base of `tier.bases`. Got sgd. Choose another ",
     "task.epochs=0": "`task.epochs` is too small. Got 0. Choose 1 or more.",
     "~tier": "command line: `tier` has no value. Give it one.",
+    "~workers": "command line: `workers` has no value. Give it one.",
+    "~root": "command line: `root` has no value. Give it one.",
+    "tier=null": "command line: `GROUP=null` chooses nothing from a group. Name a choice, or leave "
+    "it out.",
+    "report=d8fcefa16b": "command line: `report` is a list: `report=[…]`.",
     "workers=0": "`workers` is too small. Got 0. Choose 1 or more.",
 }
 
@@ -170,6 +173,11 @@ def test_a_bad_setting_is_named(override):
     with pytest.raises(ConfigError) as caught:
         Plan(load_band([*DIGITS, override]), load_tasks([*DIGITS, override]))
     assert str(caught.value).startswith(BAD[override])
+
+
+def test_a_call_whose_task_is_taken_away_is_refused():
+    with pytest.raises(ConfigError, match=r"`~task` leaves no task to run\. Leave it out\."):
+        load_tasks(["tier=quick", "~task"])
 
 
 FIVE = [0, 1, 2, 3, 4]
@@ -242,27 +250,10 @@ def test_the_widest_stretch_of_good_starts():
     assert found.decades(1.0, 90, 1) == 0  # at 1e-3 no λ₀ is within
 
 
-def test_the_report_has_a_line_per_method_and_all_figures(tmp_path):
-    plan, table = tiny_plan("tier.size.start_weight_decay=[1e-3,0.1]"), Table(tmp_path / "r.jsonl")
-    do_all(plan, table, workers=1, progress=False)
-    text = report(plan, table, tmp_path)
-    names = ["fixed, constant", "fixed, linear", "fixed, cosine", "hyper", "AdamW's default"]
-    assert [name for name in names if f"\n{name} " in text] == names
-    files = {"cost.png", "differences.png", "heat_digits_noisy_sgd.png", "summary.csv", "table.csv"}
-    assert {file.name for file in tmp_path.iterdir()} >= files
-    with (tmp_path / "table.csv").open(newline="") as file:
-        written = list(csv.DictReader(file))
-    assert len(written) == len(table.rows)
-    goal = max((table.rows[run] for run in plan.grid(at())), key=lambda row: row.score)
-    assert f"grid's best {100 * goal.test_accuracy:.2f} %" in text
-
-
-def test_without_a_grid_there_is_a_table_alone(tmp_path):
-    plan, table = tiny_plan("methods=[hyper]"), Table(tmp_path / "rows.jsonl")
-    do_all(plan, table, workers=1, progress=False)
-    text = report(plan, table, tmp_path / "report")
-    assert text.startswith("Without runs of `fixed` there is no grid to compare with.")
-    assert {f.name for f in (tmp_path / "report").iterdir()} == {"table.csv", "summary.csv"}
+def test_a_method_without_a_base_of_its_own_is_run_once_for_both():
+    plan = tiny_plan("tier.bases=[sgd,adamw]", "methods=[fixed,prodigy]")
+    runs = [run for job in plan.jobs(()) for run in job.runs]
+    assert len(runs) == len(set(runs)) and set(runs) == set(plan.all_known())
 
 
 def test_the_optimal_decay_belongs_to_torch_weight_decay():

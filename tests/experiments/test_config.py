@@ -115,6 +115,12 @@ ON_THE_COMMAND_LINE = {
         "that is not there yet."
         for value in ("[lr]", "lr", "5")
     },
+    "hyper=learn hyper.learn={lr:group,momentum:group}": "command line: `hyper.learn.momentum` has "
+    "not been set so far. To add it: `+hyper.learn.momentum=…`.",
+    "hyper=learn hyper.learn.momentum=group": "command line: `hyper.learn.momentum` has not been "
+    "set so far. To add it: `+hyper.learn.momentum=group`.",
+    "run=null": "command line: `GROUP=null` chooses nothing from a group. Name a choice, or leave "
+    "it out.",
     "experiment=calibration study.rates=[1]": "command line: `study.rates` maps names to values: "
     "`study.rates.NAME=VALUE`.",
     "optimizer=adamw optimizer.betas={a:1}": "command line: `optimizer.betas` is a list: "
@@ -129,6 +135,11 @@ def test_a_bad_override_is_named(override):
     with pytest.raises(ConfigError) as caught:
         load_config(override.split())
     assert str(caught.value) == ON_THE_COMMAND_LINE[override]
+
+
+def test_a_dictionary_with_blanks_is_named_by_its_key():
+    with pytest.raises(ConfigError, match=r"To add it: `\+hyper\.learn\.momentum=…`\.$"):
+        load_config(["hyper=learn", "hyper.learn={lr: group, momentum: group}"])
 
 
 @pytest.mark.parametrize("override", ["hyper.learn.lr=group", "+hyper.learn.momentum=shared"])

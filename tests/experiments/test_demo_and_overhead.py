@@ -179,6 +179,38 @@ def test_the_benchmark_of_every_engine_writes_its_table_and_plot(tmp_path, monke
     assert (tmp_path / "engines.png").stat().st_size > 10_000
 
 
+WRONG = {
+    "--rounds 0": "argument --rounds: got 0: choose 1 or more",
+    "--block 0": "argument --block: got 0: choose 1 or more",
+    "--horizons 5 0": "argument --horizons: got 0: choose 1 or more",
+    "--warm-up -1": "argument --warm-up: got -1: choose 0 or more",
+    "--rounds many": "argument --rounds: invalid int value: 'many'",
+    "--engines --longest 0": "argument --longest: got 0: choose 1 or more",
+    "--engines --seconds nan": "argument --seconds: got nan: choose 0 or more",
+    "--folder x": "--folder is only for a call with --engines",
+    "--seconds 1": "--seconds is only for a call with --engines",
+    "--engines --warm-up 5": "--warm-up is only for a call without --engines",
+}
+
+
+@pytest.mark.parametrize("arguments", WRONG)
+def test_the_benchmark_refuses_before_it_measures(monkeypatch, capsys, arguments):
+    monkeypatch.setattr(overhead, "MODELS", {})
+    with pytest.raises(SystemExit) as caught:
+        overhead.main(arguments.split())
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f" error: {WRONG[arguments]}\n")
+
+
+def test_the_benchmark_of_every_engine_refuses_a_file_for_a_folder(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    with pytest.raises(SystemExit) as caught:
+        overhead.main(["--engines", "--folder", str(file)])
+    assert caught.value.code == 2
+    assert f"No folder can be made at `{file}`: File exists." in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("seconds", "rounds"), [(0.0, 3), (1e6, 40)])
 def test_everything_is_timed_three_times_at_the_least(monkeypatch, seconds, rounds):
     """Else the ratio of a long window to the bare steps is that of one moment."""

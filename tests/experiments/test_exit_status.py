@@ -76,6 +76,24 @@ def test_the_demo_and_the_benchmark_refuse_in_a_line(line):
     assert status == 2 and said.startswith("error: `methods` is empty")
 
 
+def test_the_help_lists_what_can_be_chosen(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "--help"])
+    main()
+    said = capsys.readouterr().out
+    assert "\n  hyper: any_start, learn, none\n" in said and "--multirun" in said
+    assert "schema" not in said and "band" not in said
+
+
+def test_a_sweep_writes_nothing_but_its_root(monkeypatch, tmp_path):
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
+    monkeypatch.chdir(tmp_path)
+    sweep = ["run.seed=0,1", "run.root=mine"]
+    monkeypatch.setattr(sys, "argv", ["run", "--multirun", *TINY, *sweep])
+    main()
+    assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+    assert {path.name for path in (tmp_path / "mine").iterdir()} == {"digits", "multirun.yaml"}
+
+
 def interrupt(*_, **__):
     raise KeyboardInterrupt
 

@@ -11,8 +11,11 @@ import pytest
 import torch
 
 from experiments import tasks
+from experiments.config import load_config
 from experiments.config_errors import ConfigError
+from experiments.hyper_cleaning import Laboratory
 from experiments.loaders import Examples, TensorLoader
+from experiments.studies.hoag_problems import problems
 from experiments.tasks import IDX_FILES, digits, fashion_mnist, mnist
 
 
@@ -69,6 +72,21 @@ def test_sizes_and_noise_that_do_not_fit_are_refused(settings, message):
 def test_missing_fashion_mnist_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"No Fashion-MNIST in `task.root`.*download=true"):
         fashion_mnist(root=str(tmp_path), archives=str(tmp_path))
+
+
+def test_a_study_without_fashion_mnist_names_the_settings_that_it_has(tmp_path):
+    where = [f"study.root={tmp_path}", f"study.archives={tmp_path}"]
+    config = load_config(["experiment=cleaning", *where])
+    with pytest.raises(FileNotFoundError) as cleaning:
+        Laboratory("fashion_mnist", 10, config.study, 0)
+    hoag = problems(0, 10, str(tmp_path), str(tmp_path))["fashion_mnist"]
+    for error in (cleaning.value, hoag):
+        assert str(error) == (
+            f"No Fashion-MNIST in `study.root`. Got `{tmp_path}`, but there is no "
+            f"{tmp_path}/FashionMNIST/raw/train-images-idx3-ubyte. Install Debian's package "
+            "`dataset-fashion-mnist`, or let `study.archives` name a folder with the four .gz "
+            "files."
+        )
 
 
 @pytest.fixture

@@ -44,6 +44,15 @@ def test_a_descent_stays_in_its_box_and_sees_the_loss_of_plain_training(box, how
     assert (rows[0]["mu"] == 0) == is_projected  # by transform λ starts just inside
 
 
+def test_runs_that_never_reach_the_target_are_said_to_take_no_number_of_trainings():
+    _, settings = study_of("constraint_set")
+    spread = {"mean": 0.25, "sd": 0.0}
+    run = {"excess": spread, "trainings_to_target": [0, 7], "runs_that_reach_it": 1}
+    found = {"inside": {"least": dict.fromkeys(("eta", "mu", "E"), spread), "transform": run}}
+    (said,) = constraint_set._sentences(found, settings)
+    assert said.endswith("transform: 1 of 2 come within 0.001, after –, 7 trainings; excess 0.2.")
+
+
 def test_a_constant_schedule_is_torch_s_sgd():
     config, settings = study_of(
         "schedules", "study.hidden=[5]", "study.steps=6", "study.batch_size=10"
