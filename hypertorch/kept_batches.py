@@ -237,5 +237,5 @@ def examples(batch: Batch) -> int:
     )
     tensors = [leaf for leaf in tree_leaves(parts) if isinstance(leaf, Tensor) and leaf.dim()]
     if not tensors and isinstance(parts[0], Mapping):
-        return len(next(iter(parts[0].values())))  # of lists, which `forward` makes tensors of
+        return len(next(iter(parts[0].values()), ()))  # of lists, which `forward` makes tensors of
     return len(tensors[0] if tensors else parts[0])
