@@ -146,8 +146,8 @@ class Hyperparameter:
 
         Element by element it is dE/dρ / c′(ρ), and 0 where c′(ρ) is 0 in floating point: there
         `pull_back` returns 0 of anything. On a simplex whose numbers are 0 and 1 in floating point
-        it is NaN. Where k numbers of λ depend on each other, on a simplex
-        of k values or in a matrix of k entries, it costs k vectors of ρ's size.
+        it is NaN. Where k numbers of λ depend on each other, on a simplex of k values or in a
+        matrix of k entries, it costs k vectors of ρ's size.
         """
         raw = self.raw.detach().requires_grad_()
         value = to_value(raw, self.constraint)

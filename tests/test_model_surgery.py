@@ -55,9 +55,10 @@ def loss_of(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
     return mse(model(x), y) + 0.1 * torch.stack([p.square().sum() for p in kept]).sum()
 
 
-def step_by(optimizer: hypertorch.HyperOptimizer, engine, model, x, y) -> None:
+def step_by(optimizer: torch.optim.Optimizer, engine, model, x, y) -> None:
+    """Make a step as the engine needs it; with none as by the bare optimizer."""
     loss = partial(loss_of, model, x, y)
-    if engine.needs == "gradients":
+    if engine is None or engine.needs == "gradients":
         optimizer.zero_grad()
         loss().backward()
         optimizer.step()
@@ -72,24 +73,19 @@ def test_a_model_that_is_changed_between_windows_trains_as_by_the_bare_optimizer
     engine, change, at
 ):
     ends = []
-    for is_wrapped in (False, True):
+    for each in (None, engine):
         model, data = square(), batches(12)
         bare = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.6, weight_decay=0.1)
         optimizer = bare
-        if is_wrapped:
+        if each:
             chosen = {"window": 3, "update_every": 4, "engine": engine, "outer": STILL}
             optimizer = wrapped(bare, model, learn="lr", **chosen)
         torch.manual_seed(1)
         for t, (x, y) in enumerate(data):
             if t == at:
                 change(model)
-            if is_wrapped:
-                step_by(optimizer, engine, model, x, y)
-            else:
-                optimizer.zero_grad()
-                loss_of(model, x, y).backward()
-                optimizer.step()
-        if is_wrapped:
+            step_by(optimizer, each, model, x, y)
+        if each:
             optimizer.close()
             assert optimizer.hypergradients["lr"] != 0
         ends.append({name: v.detach().clone() for name, v in model.state_dict().items()})
@@ -117,18 +113,13 @@ def test_a_weight_that_is_replaced_in_a_window_is_refused_and_stays(engine):
 @pytest.mark.parametrize("engine", ENGINES, ids=repr)
 def test_what_parameters_carry_is_there_in_windows(engine):
     ends = []
-    for is_wrapped in (False, True):
+    for each in (None, engine):
         model, data = mlp(), batches(6)
         model[0].weight.has_no_penalty = True
         bare = torch.optim.SGD(model.parameters(), lr=0.05, weight_decay=0.1)
         optimizer = wrapped(bare, model, engine=engine, outer=STILL)
         for x, y in data:
-            if is_wrapped:
-                step_by(optimizer, engine, model, x, y)
-            else:
-                bare.zero_grad()
-                loss_of(model, x, y).backward()
-                bare.step()
+            step_by(optimizer if each else bare, each, model, x, y)
         optimizer.close()
         ends.append(weights(model))
     close(ends[1], ends[0], 1e-12)
